@@ -1,0 +1,263 @@
+"""Behavioural cloning from pixels, the BC baseline of V-D4RL (arXiv:2206.04779).
+
+    L_pi = |pi(z) - a|^2,  z = encoder(random shift of three stacked frames)
+
+Dims: B batch, C = 3 * frame_stack channels, S pixels per side, A action, E embedding.
+Differs from the released code (marked DIFF n where it happens):
+  DIFF 1: one step = one gradient update; theirs counts loop turns and updates on every second.
+  DIFF 2: regresses the mean action, as the paper writes; theirs a noisy clipped sample (--bc-noise).
+  DIFF 3: random shifts are integer crops; theirs resamples with grid_sample, equal up to rounding.
+  DIFF 4: --steps left out is the paper's 256 epochs; their default amounts to 1,408.
+Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside, or one above
+from common import (  # noqa: E402
+    EVAL_SEED,
+    Batch,
+    EnvPool,
+    TransitionBuffer,
+    accelerate,
+    evaluation_pool,
+    load_run,
+    open_dataset,
+    parse_args,
+    save_video,
+    start_run,
+)
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass
+class Args:
+    task: str = "cheetah-run"  # dm_control domain-task
+    dataset: str = "medexp"  # random, mixed, medium, medexp, expert, or the path of a set you made
+    source: Literal["made", "vd4rl"] = "made"  # made: rendered here; vd4rl: the imported official set
+    data_dir: str | None = None  # where sets are; None: $CLEANPIXELS_DATA, else datasets/ beside common.py
+    transitions: int | None = None  # a smaller made set of so many transitions
+    data_seed: int = 0  # seed of a made set
+    seed: int = 0  # of weights, sampling and augmentation; evaluation has seeds of its own
+    tag: str = ""  # tells apart runs of the same task, set and seed with other flags
+    runs_dir: str | None = None  # where run folders are; None: runs/ beside common.py
+    overwrite: bool = False  # start anew in a folder that holds a run
+    quick: bool = False  # small set, batch and step count: shows learning on two CPU cores; no benchmark row
+    evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
+    steps: int | None = None  # gradient updates; None: 256 epochs, that is one per transition (Table 9)
+    batch_size: int = 256  # transitions (Table 9)
+    lr: float = 1e-4  # Adam (DrQ-v2's default)
+    feature_dim: int = 50  # width of the trunk after the encoder
+    hidden_dim: int = 1024  # width of the actor's two layers
+    bc_noise: bool = False  # regress a noisy clipped sample of the policy, as the released code does
+    noise_start: float = 1.0  # std of that noise at step 0
+    noise_end: float = 0.1  # and after noise_steps
+    noise_steps: int = 250_000  # gradient updates over which it falls linearly (Table 9: 500,000 loop turns)
+    noise_clip: float = 0.3  # noise is clipped to +- this (Table 9)
+    augment: Literal["shift", "none"] = "shift"  # random shift by up to 4 pixels, or off
+    eval_every: int | None = None  # gradient updates; None: a twentieth of the run; 0: no environment at all
+    eval_episodes: int = 10  # per evaluation
+    log_every: int = 100  # gradient updates
+    device: str = "auto"  # auto: cuda if there is one, else cpu
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the hardware has it natively
+    accelerate: Literal["auto", "eager", "compile", "graph"] = "auto"  # same mathematics; auto: measured best
+    buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the frames are; auto: on the GPU if they fit
+
+
+TUNED: dict = {}  # the paper gives BC one setting for all rows
+QUICK = {"transitions": 20_000, "batch_size": 128, "lr": 3e-4, "steps": 3_000, "eval_every": 500}
+
+
+# ==== Networks ====
+
+
+def init_weights(module: nn.Module) -> None:
+    """Orthogonal weights, gain sqrt(2) in convolutions and 1 elsewhere, zero biases: DrQ-v2's."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.orthogonal_(module.weight, 2**0.5 if isinstance(module, nn.Conv2d) else 1.0)
+        nn.init.zeros_(module.bias)
+
+
+class Encoder(nn.Module):
+    """Pixels to embedding. obs (B, C, S, S) float32 in [-0.5, 0.5]  ->  embed (B, E); S = 84: E = 39200."""
+
+    def __init__(self, channels: int, size: int, width: int = 32):
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(channels, width, 3, stride=2)])  # 84 -> 41
+        self.convs += [nn.Conv2d(width, width, 3) for _ in range(3)]  # 41 -> 39 -> 37 -> 35
+        self.embed_dim = width * ((size - 1) // 2 - 6) ** 2
+
+    def forward(self, obs: Tensor) -> Tensor:
+        for conv in self.convs:
+            obs = F.relu(conv(obs))
+        return obs.flatten(1)
+
+
+class Actor(nn.Module):
+    """Embedding to mean action. embed (B, E)  ->  (B, A) in (-1, 1)."""
+
+    def __init__(self, embed_dim: int, action_dim: int, feature_dim: int, hidden_dim: int):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(embed_dim, feature_dim), nn.LayerNorm(feature_dim), nn.Tanh())
+        self.policy = nn.Sequential(
+            nn.Linear(feature_dim, hidden_dim), nn.ReLU(),
+            nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
+            nn.Linear(hidden_dim, action_dim), nn.Tanh(),
+        )  # fmt: skip
+
+    def forward(self, embed: Tensor) -> Tensor:
+        return self.policy(self.trunk(embed)).float()
+
+
+# ==== Agent ====
+
+
+def scale_pixels(obs: Tensor) -> Tensor:
+    """uint8 in 0..255 -> float32 in [-0.5, 0.5]."""
+    return obs.float().div_(255).sub_(0.5)
+
+
+def random_shift(obs: Tensor, pad: int = 4) -> Tensor:
+    """Each image moved by up to `pad` pixels per axis, its border repeated; the stacked frames move together.
+
+    obs (B, C, S, S) uint8 -> the same. Equals cropping the replicate-padded image at integer offsets (DIFF 3)."""
+    B, C, S, _ = obs.shape
+    wide = S + 2 * pad
+    dy, dx = torch.randint(2 * pad + 1, (2, B, 1, 1), device=obs.device)  # 0..2 pad each
+    left, right = (obs[..., edge : edge + 1 or None].expand(-1, -1, -1, pad) for edge in (0, -1))
+    padded = torch.cat([left, obs, right], -1)  # (B, C, S, wide)
+    pixel_rows = torch.arange(S, device=obs.device)
+    source_rows = (pixel_rows + dy - pad).clamp(0, S - 1)  # (B, 1, S): clamping pads the other axis
+    planes = torch.arange(B * C, device=obs.device).view(B, C, 1) * S
+    starts = (planes + source_rows) * wide + dx  # (B, C, S): where each cropped row of S pixels begins
+    runs = padded.view(-1).as_strided((padded.numel() - S + 1, S), (1, 1))  # every run of S pixels, as a view
+    return runs.index_select(0, starts.flatten()).view(B, C, S, S)
+
+
+def noise_std(args: Args, step: int) -> Tensor:
+    """The exploration-noise schedule at `step` gradient updates, a 0-dim tensor (DIFF 1: not loop turns)."""
+    progress = min(step / args.noise_steps, 1.0)
+    value = args.noise_start + progress * (args.noise_end - args.noise_start)
+    return torch.full((), value, device=args.device)
+
+
+class Agent(nn.Module):
+    """Encoder and actor, trained together by one optimiser."""
+
+    LOSSES = ("actor_loss",)
+
+    def __init__(self, args: Args, obs_shape: tuple[int, int, int], action_dim: int):
+        super().__init__()
+        self.args = args
+        channels, size, _ = obs_shape
+        self.encoder = Encoder(channels, size)
+        self.actor = Actor(self.encoder.embed_dim, action_dim, args.feature_dim, args.hidden_dim)
+        self.apply(init_weights)
+        on_cuda = args.device.startswith("cuda")
+        self.optimizers = {"actor": torch.optim.Adam(self.parameters(), args.lr, fused=True, capturable=on_cuda)}
+
+    def augment(self, obs: Tensor) -> Tensor:
+        return random_shift(obs) if self.args.augment == "shift" else obs
+
+    def noisy(self, mean: Tensor, std: Tensor) -> Tensor:
+        """mean + clipped noise, (B, A), clamped to the action range with a straight-through gradient."""
+        noise = (std * torch.randn_like(mean)).clamp(-self.args.noise_clip, self.args.noise_clip)
+        action = mean + noise
+        return action + (action.clamp(-1 + 1e-6, 1 - 1e-6) - action).detach()
+
+    def actor_loss(self, batch: Batch, noise_std: Tensor) -> tuple[Tensor, Metrics]:
+        """Mean squared distance to the data's actions. Returns loss (), metrics."""
+        action = self.actor(self.encoder(scale_pixels(self.augment(batch.obs))))  # crops on uint8, then floats
+        if self.args.bc_noise:
+            action = self.noisy(action, noise_std)  # DIFF 2
+        assert action.shape == batch.action.shape
+        loss = F.mse_loss(action, batch.action)
+        return loss, {"actor/loss": loss.detach()}
+
+    def update(self, batch: Batch, noise_std: Tensor) -> Metrics:
+        """One gradient step."""
+        with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
+            loss, metrics = self.actor_loss(batch, noise_std)
+        self.step("actor", loss)
+        return metrics
+
+    def step(self, name: str, loss: Tensor) -> None:
+        self.optimizers[name].zero_grad()
+        loss.backward()
+        self.optimizers[name].step()
+
+    @torch.no_grad()
+    def act(self, obs: Tensor) -> Tensor:
+        """Mean action. obs (B, C, S, S) uint8 -> (B, A)."""
+        return self.actor(self.encoder(scale_pixels(obs)))
+
+    def get_extra_state(self) -> dict:
+        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+
+    def set_extra_state(self, state: dict) -> None:
+        for name, optimizer_state in state.items():
+            self.optimizers[name].load_state_dict(optimizer_state)
+
+
+# ==== Evaluation ====
+
+
+def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.ndarray]]:
+    """Mean action, the same episodes every time. Returns score and every return, frames of the first episode."""
+    obs, returns, frames = pool.reset(EVAL_SEED + np.arange(pool.count)), np.zeros(pool.count), []
+    while not pool.done.all():
+        frames.append(obs[0, -3:])
+        action = agent.act(torch.from_numpy(obs).to(args.device))
+        obs, reward, _ = pool.step(action.cpu().numpy())  # reward is 0 where the episode is over
+        returns += reward
+    return {"score": returns.mean() / 10, "return": returns.tolist()}, frames
+
+
+def evaluate_run(args: Args) -> None:
+    """--evaluate RUN: scores a finished run's weights on --eval-episodes episodes and writes a video."""
+    args, facts, weights = load_run(args)
+    pool = evaluation_pool(args, facts)
+    agent = Agent(args, (9, facts["size"], facts["size"]), facts["action_dim"]).to(args.device)
+    agent.load_state_dict(weights)
+    metrics, frames = evaluate(agent, pool, args)
+    print(f"score {metrics['score']:.2f}, returns {np.round(metrics['return'], 1).tolist()}")
+    save_video(Path(args.evaluate) / "evaluation.mp4", frames)
+
+
+def main(args: Args) -> None:
+    if args.evaluate:
+        return evaluate_run(args)
+    dataset = open_dataset(args, size=84)  # 84 px if it is a standard set (made on the spot if missing)
+    if args.steps is None:
+        args.steps = dataset.num_transitions  # DIFF 4: 256 epochs of batches of 256
+    run = start_run(args, dataset)  # folder, lock, config.json, a copy of this script
+    pool = evaluation_pool(args, dataset.facts())  # before CUDA starts; its workers never import this file
+    buffer = TransitionBuffer(dataset, args.batch_size, frame_stack=3, seed=args.seed, device=args.device,
+                              buffer_device=args.buffer_device, next_obs=False)  # fmt: skip
+    agent = Agent(args, buffer.obs_shape, buffer.action_dim).to(args.device)
+    update = accelerate(agent, "update", args)  # eager, its LOSSES compiled, or the whole as one CUDA graph
+    step = run.load_checkpoint(agent=agent, buffer=buffer)  # 0 for a new run
+    while step < args.steps:
+        metrics = update(buffer.sample(), noise_std(args, step))
+        step += 1
+        if run.log_due(step):
+            run.log("train", step, {name: value.item() for name, value in metrics.items()})  # the only .item()
+        if pool and run.eval_due(step):
+            metrics, frames = evaluate(agent, pool, args)
+            run.log("eval", step, metrics)
+            if step == args.steps:
+                save_video(run.path / "evaluation.mp4", frames)
+        if run.checkpoint_due(step):
+            run.save_checkpoint(step, agent=agent, buffer=buffer)
+
+
+if __name__ == "__main__":
+    main(parse_args(Args, TUNED, QUICK))

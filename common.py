@@ -1,0 +1,1213 @@
+"""What no paper describes: environments that render, data on disk, runs that survive a kill.
+
+    environments   make_env, EnvPool                                       needs mujoco, dm_control
+    data           open_dataset, DatasetWriter, TransitionBuffer           needs numpy, torch
+    runs           parse_args, start_run, Run, accelerate                  needs torch, tyro
+
+The algorithm files import this one and nothing else of the project; a folder that holds one of them
+and this file works. Networks, losses, schedules and augmentation are not here: papers describe them."""
+
+import contextlib
+import csv
+import ctypes
+import ctypes.util
+import dataclasses
+import fcntl
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import types
+import weakref
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if not (3, 11) <= sys.version_info[:2] <= (3, 12):  # dm_control depends on labmaze, which has no wheel beyond 3.12
+    sys.exit(f"CleanPixels needs Python 3.11 or 3.12; this is {platform.python_version()}")
+
+
+HERE = Path(__file__).resolve().parent
+
+
+class UserError(ValueError):
+    """Something the user can mend. Its message is one line that names the flag or file, and the fix."""
+
+
+# ==== Environments ====
+
+RENDER_QUALITY = {  # name -> (shadow map size, stacks per geometry); None leaves the model's own
+    "fast": (1024, 8),  # about 2.3x the frames per second; at most 0.3 % of pixels differ by more than 8
+    "reference": None,  # pixel for pixel what dm_control's physics.render gives
+}
+GL_PACKAGES = "apt-get install libegl1 libopengl0 libgl1-mesa-dri (EGL), or libosmesa6 (OSMesa)"
+
+
+def egl_works() -> bool:
+    """Whether libEGL is there and one of its devices initialises (Mesa's software device counts)."""
+    try:
+        egl = ctypes.CDLL("libEGL.so.1")
+    except OSError:
+        return False
+    egl.eglGetProcAddress.restype = ctypes.c_void_p
+
+    def function(name, result, *arguments):
+        address = egl.eglGetProcAddress(name)
+        return ctypes.CFUNCTYPE(result, *arguments)(address) if address else lambda *_: 0
+
+    pointer, integer = ctypes.c_void_p, ctypes.c_int
+    devices, count = (pointer * 32)(), integer()
+    query = function(b"eglQueryDevicesEXT", integer, integer, ctypes.POINTER(pointer), ctypes.POINTER(integer))
+    display_of = function(b"eglGetPlatformDisplayEXT", pointer, integer, pointer, pointer)
+    initialize = function(b"eglInitialize", integer, pointer, pointer, pointer)
+    query(32, devices, ctypes.byref(count))
+    displays = [display_of(0x313F, device, None) for device in devices[: count.value]]  # EGL_PLATFORM_DEVICE_EXT
+    return any(display and initialize(display, None, None) for display in displays)
+
+
+def choose_gl() -> str:
+    """The rendering backend: $MUJOCO_GL if set, else cgl on macOS, else EGL, else OSMesa.
+
+    Raises UserError that names the Debian packages to install where neither works."""
+    if backend := os.environ.get("MUJOCO_GL", "").lower():
+        return backend
+    if sys.platform == "darwin":
+        return "cgl"
+    if egl_works():
+        return "egl"
+    if ctypes.util.find_library("OSMesa"):
+        return "osmesa"
+    raise UserError(f"no off-screen rendering: neither EGL nor OSMesa works here. Install one: {GL_PACKAGES}")
+
+
+class Renderer:
+    """One GL context and scene for the life of an environment (physics.render makes new ones each call).
+
+    quality: a key of RENDER_QUALITY, applied to `model.vis` before the context is made."""
+
+    def __init__(self, physics, size: int, camera: int, quality: str):
+        import mujoco
+
+        self.mujoco, self.model, self.data, self.size = (mujoco, physics.model.ptr, physics.data.ptr, size)
+        vis = self.model.vis
+        vis.global_.offwidth = vis.global_.offheight = size
+        if RENDER_QUALITY[quality] is not None:
+            vis.quality.shadowsize, vis.quality.numstacks = RENDER_QUALITY[quality]
+        self.context = importlib.import_module(f"mujoco.{choose_gl()}").GLContext(size, size)
+        self.context.make_current()
+        self.scene = mujoco.MjvScene(self.model, maxgeom=10_000)
+        self.option, self.rect = mujoco.MjvOption(), mujoco.MjrRect(0, 0, size, size)
+        self.camera = mujoco.MjvCamera()
+        self.camera.fixedcamid, self.camera.type = camera, mujoco.mjtCamera.mjCAMERA_FIXED
+        self.gpu = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_150.value)
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self.gpu)
+        self.pixels = np.empty((size, size, 3), np.uint8)
+        self.close = weakref.finalize(self, self._free, self.context, self.gpu)  # also when dropped, and at exit
+
+    def render(self) -> np.ndarray:
+        """The current state as a frame (3, S, S) uint8."""
+        m = self.mujoco
+        self.context.make_current()
+        m.mjv_updateScene(
+            self.model, self.data, self.option, None, self.camera, m.mjtCatBit.mjCAT_ALL.value, self.scene
+        )
+        m.mjr_render(self.rect, self.scene, self.gpu)
+        m.mjr_readPixels(self.pixels, None, self.rect, self.gpu)
+        return np.ascontiguousarray(self.pixels[::-1].transpose(2, 0, 1))  # GL's first row is the lowest
+
+    @staticmethod
+    def _free(context, gpu) -> None:
+        context.make_current()  # else the objects of whichever context is current would be deleted
+        gpu.free()
+        context.free()
+
+
+class DMCEnv:
+    """A dm_control task: action repeat 2, frames stacked oldest first, terminal apart from timeout.
+
+    obs (3 * frame_stack, S, S) uint8, or the proprioceptive state (D,) float32 where size is None.
+    action (A,) in [-1, 1], scaled to the task's own bounds. reward: sum over the repeats, in [0, 2].
+    reset(seed) starts the episode that this seed names, whatever happened before."""
+
+    ACTION_REPEAT = 2
+
+    def __init__(self, task: str, size: int | None, frame_stack: int, seed: int, render: str):
+        if size is None:
+            os.environ.setdefault("MUJOCO_GL", "off")  # states only: importing dm_control needs no GL
+        elif os.environ.get("MUJOCO_GL", "").lower() in ("", "off"):
+            os.environ.pop("MUJOCO_GL", None)
+            os.environ["MUJOCO_GL"] = choose_gl()
+        from dm_control import suite
+
+        domain, _, name = task.partition("-")
+        if (domain, name) not in suite.ALL_TASKS:
+            known = ", ".join(sorted("-".join(pair) for pair in suite.ALL_TASKS))
+            raise UserError(f"--task {task}: no such dm_control task. There are: {known}")
+        self.env = suite.load(domain, name, task_kwargs={"random": seed})
+        self.physics, self.task, self.size, self.frame_stack = (self.env.physics, task, size, frame_stack)
+        spec = self.env.action_spec()
+        self.low, self.high, self.action_dim = spec.minimum, spec.maximum, spec.shape[0]
+        self.renderer = None
+        if size is not None:
+            self.renderer = Renderer(self.physics, size, camera=2 if domain == "quadruped" else 0, quality=render)
+
+    def reset(self, seed: int | None = None) -> tuple[np.ndarray, dict]:
+        """Returns obs and info {"state": (D,) float32}."""
+        if seed is not None:
+            self.env.task._random = np.random.RandomState(seed)  # dm_control draws the initial state from it
+        observation = self.env.reset().observation
+        self.frames = [self.renderer.render()] * self.frame_stack if self.renderer else []
+        return self._observe(observation)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
+        """Returns obs, reward, terminal (no value beyond), timeout (only the clock ran out), info."""
+        action = self.low + (np.asarray(action, np.float64) + 1) * (self.high - self.low) / 2
+        reward = 0.0
+        for _ in range(self.ACTION_REPEAT):
+            time_step = self.env.step(action)
+            reward += time_step.reward
+            if time_step.last():
+                break
+        if self.renderer:
+            self.frames = [*self.frames[1:], self.renderer.render()]
+        obs, info = self._observe(time_step.observation)
+        terminal = time_step.last() and time_step.discount == 0.0
+        return obs, reward, terminal, time_step.last() and not terminal, info
+
+    def action_size(self) -> int:
+        return self.action_dim
+
+    def get_state(self) -> np.ndarray:
+        """Everything the next steps depend on (mjSTATE_INTEGRATION), (n,) float64."""
+        import mujoco
+
+        kind = mujoco.mjtState.mjSTATE_INTEGRATION
+        state = np.empty(mujoco.mj_stateSize(self.physics.model.ptr, kind))
+        mujoco.mj_getState(self.physics.model.ptr, self.physics.data.ptr, state, kind)
+        return state
+
+    def set_state(self, state: np.ndarray) -> None:
+        """Puts back a state of get_state(); the step count of the episode stays."""
+        import mujoco
+
+        kind = mujoco.mjtState.mjSTATE_INTEGRATION
+        mujoco.mj_setState(self.physics.model.ptr, self.physics.data.ptr, state, kind)
+        mujoco.mj_step1(self.physics.model.ptr, self.physics.data.ptr)  # what dm_control computes after a step
+
+    def close(self) -> None:
+        if self.renderer:
+            self.renderer.close()
+
+    def _observe(self, observation) -> tuple[np.ndarray, dict]:
+        state = np.concatenate([np.ravel(part) for part in observation.values()]).astype(np.float32)
+        return (np.concatenate(self.frames) if self.renderer else state), {"state": state}
+
+
+def make_env(task: str, size: int | None = 84, frame_stack: int = 3, seed: int = 0, render: str = "fast") -> DMCEnv:
+    """A seeded environment. task: "domain-task"; size: pixels per side, None for states instead of frames;
+    render: a key of RENDER_QUALITY. Raises UserError for an unknown task or without GL."""
+    return DMCEnv(task, size, frame_stack, seed, render)
+
+
+def _worker(connection, gl: str, kwargs: dict, count: int) -> None:
+    """Serves `count` environments until the parent closes the pipe (or dies, which closes it too)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    os.environ["MUJOCO_GL"] = gl
+    envs = []
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            method, arguments = connection.recv()
+            try:
+                if not envs:
+                    envs = [make_env(**kwargs) for _ in range(count)]
+                pairs = zip(envs, arguments)
+                connection.send((None, [a if a is None else getattr(env, method)(*a) for env, a in pairs]))
+            except Exception as error:
+                message = str(error) if isinstance(error, UserError) else traceback.format_exc()
+                connection.send(((isinstance(error, UserError), message), None))
+    for env in envs:
+        env.close()
+
+
+class EnvPool:
+    """`count` environments spread over worker processes, stepped together.
+
+    Make it before CUDA starts. Workers are forked from a server that imported this file and dm_control once;
+    they import neither the calling script nor touch CUDA, render with LP_NUM_THREADS=0 (one thread each: two
+    workers then scale by 2.0) and end with their parent, however it ends. An exception in a worker is raised
+    here with its traceback. `done` (count,) bool marks finished episodes; those get reward 0 and keep their obs."""
+
+    def __init__(self, task, size, count, frame_stack=3, render="fast", workers=None):
+        workers = min(count, workers or len(os.sched_getaffinity(0)))
+        gl = "off" if size is None else choose_gl()
+        kwargs = {"task": task, "size": size, "frame_stack": frame_stack, "render": render}
+        shares = [count // workers + (i < count % workers) for i in range(workers)]
+        self.bounds = np.cumsum([0, *shares])
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["common", "mujoco", "dm_control.suite"])
+        self.pipes, self.processes = [], []
+        here = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+        # MUJOCO_GL=off: the server must import dm_control without starting GL, each worker starts its own.
+        with _environment(PYTHONPATH=here, MUJOCO_GL="off", LP_NUM_THREADS="0", OMP_NUM_THREADS="1"), _no_main():
+            for share in shares:
+                pipe, theirs = context.Pipe()
+                process = context.Process(target=_worker, args=(theirs, gl, kwargs, share), daemon=True)
+                process.start()
+                theirs.close()
+                self.pipes.append(pipe)
+                self.processes.append(process)
+        self.count, self.done = count, np.ones(count, bool)
+        self.close = weakref.finalize(self, self._close, self.pipes, self.processes)
+
+    def call(self, method: str, arguments: list) -> list:
+        """env.method(*arguments[i]) in every environment i whose arguments are not None; results in order."""
+        for i, pipe in enumerate(self.pipes):
+            pipe.send((method, arguments[self.bounds[i] : self.bounds[i + 1]]))
+        results, failure = [], None
+        for pipe in self.pipes:
+            try:
+                error, part = pipe.recv()
+            except (EOFError, ConnectionError):
+                error, part = (False, "an environment worker died (killed, or out of memory)"), None
+            failure = failure or error
+            results += part or []
+        if failure:
+            self.close()
+            raise (UserError(failure[1]) if failure[0] else RuntimeError(f"in an environment worker:\n{failure[1]}"))
+        return results
+
+    def reset(self, seeds) -> np.ndarray:
+        """Starts episode seeds[i] in environment i. Returns obs (count, C, S, S) uint8; infos in self.infos."""
+        results = self.call("reset", [(int(seed),) for seed in seeds])
+        self.obs, self.infos = np.stack([obs for obs, _ in results]), [info for _, info in results]
+        self.done = np.zeros(self.count, bool)
+        return self.obs
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """actions (count, A). Returns obs (count, C, S, S), reward (count,), terminal (count,); sets `done`."""
+        active = ~self.done
+        results = self.call("step", [(action,) if on else None for action, on in zip(actions, active)])
+        reward, terminal = np.zeros(self.count), np.zeros(self.count, bool)
+        self.obs = self.obs.copy()
+        for i in np.flatnonzero(active):
+            self.obs[i], reward[i], terminal[i], timeout, self.infos[i] = results[i]
+            self.done[i] = terminal[i] or timeout
+        return self.obs, reward, terminal
+
+    @staticmethod
+    def _close(pipes, processes) -> None:
+        for pipe in pipes:
+            pipe.close()
+        for process in processes:
+            process.join(timeout=5)
+
+
+@contextlib.contextmanager
+def _environment(**values: str):
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextlib.contextmanager
+def _no_main():
+    """Hides the running script from multiprocessing, which would import it again in every worker."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+# ==== Data ====
+# A set is a folder: image.npy (N, 3, S, S) uint8, action.npy (N, A), reward.npy (N,), discount.npy (N,), all float32,
+# episode.npy (E,) int64, the first row of each episode, and meta.json, written last: without it there is no set.
+# Arrival rows: row t holds image t and the action, reward and discount that LED TO it; an episode's row 0 holds
+# zeros. So a transition is (image[t], action[t+1], reward[t+1], discount[t+1], image[t+1]), and an episode of T
+# steps has T+1 rows. discount is 0 after a terminal step, else 1 (a time limit is no terminal).
+
+STANDARD_SETS = ("random", "mixed", "medium", "medexp", "expert")
+ARRAYS = {"image": np.uint8, "action": np.float32, "reward": np.float32, "discount": np.float32, "episode": np.int64}
+BUFFER_SHARE = 0.6  # --buffer-device auto holds the frames on the GPU if they fit in this share of its free memory
+
+
+class Part:
+    """One folder of arrays, memory-mapped. Raises UserError where sizes and counts do not fit meta.json."""
+
+    def __init__(self, path: Path, meta: dict):
+        self.path, self.meta = path, meta
+        for name, dtype in ARRAYS.items():
+            file = path / f"{name}.npy"
+            try:
+                array = np.load(file, mmap_mode="c")  # copy on write: torch wants writable memory; the file stays
+            except (OSError, ValueError) as error:
+                raise UserError(f"{file}: missing, truncated or no .npy file ({error}); make the set again") from None
+            rows = meta["episodes"] if name == "episode" else meta["rows"]
+            if array.dtype != dtype or len(array) != rows:
+                raise UserError(
+                    f"{file}: {len(array)} rows of {array.dtype}, meta.json says {rows} of {dtype.__name__}"
+                )
+            setattr(self, name, array)
+        self.lengths = np.diff(np.append(self.episode, meta["rows"]))  # (E,) rows per episode, reset row included
+        if self.episode[0] != 0 or self.lengths.min() < 2:
+            raise UserError(f"{path}/episode.npy: first rows must start at 0 and rise by 2 or more")
+
+    def check_values(self) -> None:
+        """Actions in [-1, 1], rewards finite, discounts in [0, 1]; raises UserError that names the first bad row."""
+        bad = {
+            "action": ~(np.abs(self.action) <= 1 + 1e-6).all(1),
+            "reward": ~np.isfinite(self.reward),
+            "discount": ~((self.discount >= 0) & (self.discount <= 1)),
+        }
+        for name, rows in bad.items():
+            if rows.any():
+                row = int(np.flatnonzero(rows)[0])
+                raise UserError(
+                    f"{self.path}/{name}.npy: row {row} is {getattr(self, name)[row]}, not finite or out of range"
+                )
+
+
+class Dataset:
+    """An opened set: its parts (medexp lists two, any other set is its own only part) and what meta.json says."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.meta = read_meta(self.path)
+        folders = [(self.path / part).resolve() for part in self.meta.get("parts", ["."])]
+        self.parts = [Part(folder, read_meta(folder)) for folder in folders]
+        first = self.parts[0].meta
+        self.task, self.source, self.size = first["task"], first["source"], first["size"]
+        self.render, self.mujoco = first["render"], first["mujoco"]
+        self.action_dim = self.parts[0].action.shape[1]
+        self.num_transitions = sum(part.meta["transitions"] for part in self.parts)
+        returns = np.concatenate([episode_returns(part) for part in self.parts])
+        self.num_episodes, self.mean_return = len(returns), float(returns.mean())
+        digests = [part.meta["sha256"] for part in self.parts]
+        self.hash = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
+
+    def facts(self) -> dict:
+        """What a run has to know of its data without opening it, for config.json."""
+        hidden = ("path", "meta", "parts")
+        return {"set": self.path.name} | {name: value for name, value in vars(self).items() if name not in hidden}
+
+
+def read_meta(path: Path) -> dict:
+    file = Path(path) / "meta.json"
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        state = "is an unfinished set (no meta.json)" if Path(path).is_dir() else "does not exist"
+        raise UserError(f"{path} {state}; run data/collect.py again (it continues), or give --data-dir") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}); make the set again") from None
+
+
+def episode_returns(part) -> np.ndarray:
+    """Undiscounted return of each episode, (E,) float64. The reset row's reward is 0."""
+    return np.add.reduceat(part.reward.astype(np.float64), part.episode)
+
+
+def return_statistics(returns: np.ndarray) -> dict[str, float]:
+    """mean, std, min, quartiles and max, named as in V-D4RL's Table 5."""
+    low, p25, median, p75, high = np.percentile(returns, [0, 25, 50, 75, 100])
+    names = {"mean": np.mean(returns), "std": np.std(returns), "min": low, "p25": p25}
+    names |= {"median": median, "p75": p75, "max": high}
+    return {name: round(float(value), 2) for name, value in names.items()}
+
+
+def default_data_dir() -> str:
+    return os.environ.get("CLEANPIXELS_DATA") or str(HERE / "datasets")
+
+
+def set_folder(data_dir, source, task, name, size, transitions=None, seed=0) -> Path:
+    """datasets/<source>/<task>/<name>-<size>px[-<transitions>][-seed<s>]"""
+    suffix = (f"-{transitions}" if transitions else "") + (f"-seed{seed}" if seed else "")
+    return Path(data_dir) / source / task / f"{name}-{size}px{suffix}"
+
+
+def open_dataset(args, size: int) -> Dataset:
+    """The set that args.task, .dataset, .source, .data_dir, .transitions and .data_seed name.
+
+    args.dataset: a standard name (at `size` pixels; made on the spot if it is missing) or the path of a set of any
+    size. For a path, args.task becomes the set's own task. Raises UserError that lists what there is."""
+    if args.dataset not in STANDARD_SETS:
+        if not Path(args.dataset).is_dir():
+            known = sorted(str(meta.parent) for meta in Path(args.data_dir).glob("*/*/*/meta.json"))
+            raise UserError(
+                f"--dataset {args.dataset}: neither one of {', '.join(STANDARD_SETS)} nor a folder. "
+                f"In --data-dir {args.data_dir} there are: {', '.join(known) or 'none'}"
+            )
+        dataset = Dataset(args.dataset)
+        if dataset.task != args.task:
+            print(f"--task: {dataset.path} was recorded on {dataset.task}, which is used")
+            args.task = dataset.task
+        return dataset
+    folder = set_folder(args.data_dir, args.source, args.task, args.dataset, size, args.transitions, args.data_seed)
+    if not (folder / "meta.json").exists():
+        _make_dataset(args, size, folder)
+    return Dataset(folder)
+
+
+def _make_dataset(args, size: int, folder: Path) -> None:
+    collect = HERE / "data" / "collect.py"
+    flags = ["--task", args.task, "--dataset", args.dataset, "--size", str(size), "--data-dir", str(args.data_dir)]
+    flags += ["--transitions", str(args.transitions)] if args.transitions else []
+    flags += ["--seed", str(args.data_seed)] if args.data_seed else []
+    if args.source != "made":
+        raise UserError(f"{folder} does not exist; import the official files: python data/vd4rl.py import --help")
+    if not collect.exists():
+        there = sorted(str(path.parent) for path in Path(args.data_dir).glob("*/*/*/meta.json"))
+        raise UserError(
+            f"{folder} does not exist (there are: {', '.join(there) or 'no sets'}). Make it in a full checkout with "
+            f"python data/collect.py {' '.join(flags)}, or point --data-dir to where it is"
+        )
+    print(f"{folder} is missing: making it. Interrupt at any time, the same command continues.", flush=True)
+    status = subprocess.run([sys.executable, str(collect), *flags]).returncode
+    if status:
+        raise UserError(f"data/collect.py ended with status {status} (see above); {folder} is unfinished")
+
+
+class DatasetWriter:
+    """Writes a set, one whole episode at a time; an interrupted writer continues with its next episode.
+
+        with DatasetWriter("datasets/own/robot", size=84, action_dim=7) as writer:
+            for episode in episodes:
+                writer.add(frames, actions, rewards, terminal=False)
+
+    The set counts once the `with` block ends without an exception. `writer.episodes` says how many episodes an
+    earlier, interrupted writer of the same recipe has left. Raises UserError for a bad episode (nothing of it is
+    written), a full or read-only disk, and waits for another process that writes the same set."""
+
+    def __init__(self, path, size: int, action_dim: int, task: str = "own", source: str = "own", **facts):
+        self.path = Path(path)  # facts: render (a key of RENDER_QUALITY), mujoco (version), recipe (dict)
+        facts = {"render": "fast", "mujoco": None, "recipe": {}} | facts
+        self.meta = {"task": task, "source": source, "name": self.path.name, "size": size, **facts}
+        shapes = {"image": (3, size, size), "action": (action_dim,), "reward": (), "discount": ()}
+        self.rows = {name: (shape, np.dtype(ARRAYS[name])) for name, shape in shapes.items()}
+        self.boundaries, self.files = [0], {}
+
+    def __enter__(self):
+        with _plain_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = lock_file(self.path / ".lock", wait=f"another process is writing {self.path}; waiting for it")
+            self.complete = (self.path / "meta.json").exists()  # the process that was waited for has made it
+            if self.complete:
+                return self
+            recipe, progress = self.path / "recipe.json", self.path / "progress.bin"
+            if recipe.exists() and json.loads(recipe.read_text()) == json.loads(json.dumps(self.meta)):
+                self.boundaries = np.fromfile(progress, np.int64).tolist() if progress.exists() else [0]
+            else:
+                progress.unlink(missing_ok=True)
+                write_atomically(recipe, json.dumps(self.meta))
+            for name, (shape, dtype) in self.rows.items():  # cut off what an interrupted episode left
+                file = open(os.open(self.path / f"{name}.npy", os.O_RDWR | os.O_CREAT), "r+b")  # noqa: SIM115
+                self.files[name] = file
+                end = 128 + self.boundaries[-1] * int(np.prod(shape)) * dtype.itemsize
+                if self.episodes and file.seek(0, os.SEEK_END) < end:
+                    raise UserError(f"{self.path}/{name}.npy is shorter than progress.bin says; delete {self.path}")
+                file.truncate(end)
+                file.seek(end)
+            if not progress.exists():
+                np.array([0], np.int64).tofile(progress)
+            self.progress = open(progress, "r+b")  # noqa: SIM115
+            self.progress.seek(8 * len(self.boundaries))
+        return self
+
+    @property
+    def episodes(self) -> int:
+        return len(self.boundaries) - 1
+
+    def add(self, frames, actions, rewards, terminal: bool = False) -> None:
+        """frames (T+1, S, S, 3) uint8; actions (T, A) in [-1, 1], action t leads from frame t to frame t+1;
+        rewards (T,); terminal: whether the last step ended the episode for good (not by a time limit)."""
+        frames, actions, rewards = np.asarray(frames), np.asarray(actions), np.asarray(rewards)
+        size, (action_dim,) = self.meta["size"], self.rows["action"][0]
+        expected = {"frames": (len(actions) + 1, size, size, 3), "actions": (len(actions), action_dim)}
+        expected["rewards"] = (len(actions),)
+        for name, array in {"frames": frames, "actions": actions, "rewards": rewards}.items():
+            if array.shape != expected[name] or len(actions) == 0:
+                raise UserError(f"episode {self.episodes}: {name} {array.shape}, expected {expected[name]}")
+        if frames.dtype != np.uint8:
+            raise UserError(f"episode {self.episodes}: frames are {frames.dtype}, expected uint8 in 0..255")
+        if not (np.abs(actions) <= 1 + 1e-6).all() or not np.isfinite(rewards).all():
+            raise UserError(f"episode {self.episodes}: actions must lie in [-1, 1] and rewards be finite")
+        arrival = {
+            "image": frames.transpose(0, 3, 1, 2),
+            "action": np.concatenate([np.zeros((1, action_dim)), actions]),
+            "reward": np.concatenate([[0.0], rewards]),
+            "discount": np.concatenate([np.ones(len(actions)), [0.0 if terminal else 1.0]]),
+        }
+        with _plain_errors(self.path):
+            for name, rows in arrival.items():
+                self.files[name].write(np.ascontiguousarray(rows, self.rows[name][1]).data)
+                self.files[name].flush()
+            self.progress.write(np.int64(self.boundaries[-1] + len(frames)).tobytes())  # last: now the episode counts
+            self.progress.flush()
+        self.boundaries.append(self.boundaries[-1] + len(frames))
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            if kind is None and not self.complete:
+                with _plain_errors(self.path):
+                    self._finish()
+        finally:
+            for file in [*self.files.values(), self.lock]:
+                with contextlib.suppress(OSError):  # flushing what a full disk refused
+                    file.close()
+
+    def _finish(self) -> None:
+        if not self.episodes:
+            raise UserError(f"{self.path}: no episode was added, so there is no set")
+        for name, (shape, dtype) in self.rows.items():
+            self.files[name].seek(0)
+            self.files[name].write(_npy_header(dtype, (self.boundaries[-1], *shape)))
+            self.files[name].flush()
+        self.progress.close()
+        np.save(self.path / "episode.npy", np.array(self.boundaries[:-1], np.int64))
+        for name in ARRAYS:
+            with open(self.path / f"{name}.npy", "r+b") as file:
+                os.fsync(file.fileno())
+        write_meta(self.path, self.meta)
+        for leftover in ("recipe.json", "progress.bin"):
+            (self.path / leftover).unlink()
+
+
+def write_meta(path: Path, meta: dict) -> None:
+    """Counts, hashes and return statistics of the arrays in `path`, written atomically as its meta.json."""
+    arrays = {name: np.load(path / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+    part = types.SimpleNamespace(**arrays)
+    rows, episodes = len(part.reward), len(part.episode)
+    counts = {"format": 1, "rows": rows, "episodes": episodes, "transitions": rows - episodes}
+    returns = episode_returns(part)
+    meta |= counts | {"returns": return_statistics(returns), "episode_returns": returns.round(3).tolist()}
+    meta["versions"] = versions()
+    meta["sha256"] = {name: sha256(path / f"{name}.npy") for name in ARRAYS}
+    write_atomically(path / "meta.json", json.dumps(meta, indent=1))
+
+
+def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """A version 1.0 .npy header padded to 128 bytes, so that it can be written once the rows are counted."""
+    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': {tuple(map(int, shape))}, }}"
+    return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117).encode() + b"\n"
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def lock_file(path: Path, wait: str | None = None):
+    """An exclusive flock that dies with its process. Where it is held: says `wait` and waits, or raises UserError."""
+    file = open(path, "a+")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        if wait is None:
+            raise UserError(f"{path.parent} is in use by process {holder}") from None
+        print(f"{wait} (process {holder})", flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+@contextlib.contextmanager
+def _plain_errors(path: Path):
+    """A full, read-only or forbidden disk as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; what was complete before is kept") from None
+
+
+class Batch(NamedTuple):
+    """obs, next_obs (B, 3 * frame_stack, S, S) uint8; action (B, A), reward and discount (B, 1) float32.
+
+    reward: n-step sum of gamma^k reward[t+k]. discount: gamma^n, and 0 where a terminal lies inside."""
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    discount: Tensor
+    next_obs: Tensor | None
+
+
+class TransitionBuffer:
+    """Uniform samples of n-step transitions, with replacement, from every complete window of a set.
+
+    Frames are stored once and stacked as they are gathered: the rows before an episode's first are its first, so
+    no stack and no window crosses episodes. A batch comes sorted by row (its order carries no meaning, memory
+    likes it). The frames stay in the memory map, or are held on the GPU as uint8 (buffer_device)."""
+
+    def __init__(self, dataset: Dataset, batch_size: int, frame_stack: int = 3, nstep: int = 1, gamma: float = 0.99,
+                 seed: int = 0, device="cpu", buffer_device: str = "cpu", next_obs: bool = True):  # fmt: skip
+        self.batch_size, self.frame_stack, self.nstep = batch_size, frame_stack, nstep
+        self.device, self.next_obs = torch.device(device), next_obs
+        for part in dataset.parts:
+            part.check_values()
+        self.action_dim, self.obs_shape = (dataset.action_dim, (3 * frame_stack, dataset.size, dataset.size))
+        self.images = [torch.from_numpy(part.image) for part in dataset.parts]
+        self.bounds = np.cumsum([0, *(len(image) for image in self.images)]).tolist()  # first global row of each part
+        first_rows = np.concatenate([part.episode + start for part, start in zip(dataset.parts, self.bounds)])
+        steps = np.concatenate([part.lengths for part in dataset.parts]) - 1  # T per episode
+        windows = np.maximum(steps - nstep + 1, 0)  # T - n + 1 starts: all n rewards must exist
+        if not windows.any():
+            raise UserError(f"{dataset.path}: no episode is as long as --nstep {nstep}")
+        offset = np.arange(windows.sum()) - np.repeat(np.cumsum(windows) - windows, windows)  # t within the episode
+        rows = np.repeat(first_rows, windows) + offset  # obs of window w ends at image rows[w]
+        self.rows, self.offset = torch.from_numpy(rows), torch.from_numpy(offset)
+        action, reward, discount = (
+            np.concatenate([np.asarray(getattr(part, name)) for part in dataset.parts])
+            for name in ("action", "reward", "discount")
+        )
+        # row:       t        t+1       t+2       t+3         arrival rows, n = 3
+        # image:     obs                          next_obs
+        # action:             action
+        # reward:             r0   +  g r1   +  g^2 r2        later rewards only while no terminal came before
+        total, factor = np.zeros(len(rows)), np.ones(len(rows))
+        for k in range(1, nstep + 1):
+            total += factor * reward[rows + k]
+            factor *= gamma * discount[rows + k]
+        columns = action[rows + 1], total[:, None], factor[:, None]
+        self.action, self.reward, self.factor = (
+            torch.from_numpy(c.astype(np.float32)).to(self.device) for c in columns
+        )
+        self.generator = torch.Generator().manual_seed(seed)
+        if self._fits(buffer_device):
+            self.images = [torch.cat([image.to(self.device) for image in self.images])]
+            self.bounds = [0, self.bounds[-1]]
+            self.rows, self.offset = self.rows.to(self.device), self.offset.to(self.device)
+
+    def _fits(self, buffer_device: str) -> bool:
+        if self.device.type != "cuda" or buffer_device == "cpu":
+            return False
+        needed = sum(image.numel() for image in self.images)
+        return buffer_device == "cuda" or needed < BUFFER_SHARE * torch.cuda.mem_get_info(self.device)[0]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sample(self) -> Batch:
+        index = torch.randint(len(self), (self.batch_size,), generator=self.generator).sort().values
+        return self.gather(index)
+
+    def gather(self, index: Tensor) -> Batch:
+        """The transitions of windows `index` (B,) int64, in rising order."""
+        on_device = index.to(self.device, non_blocking=True)
+        index = on_device if self.rows.device.type == "cuda" else index
+        rows, offset = self.rows[index], self.offset[index]
+        back = torch.arange(self.frame_stack - 1, -1, -1, device=rows.device)  # oldest frame first
+        obs = self._frames(rows[:, None] - torch.minimum(back, offset[:, None]))
+        next_obs = None
+        if self.next_obs:
+            next_obs = self._frames((rows + self.nstep)[:, None] - torch.minimum(back, offset[:, None] + self.nstep))
+        return Batch(obs, self.action[on_device], self.reward[on_device], self.factor[on_device], next_obs)
+
+    def _frames(self, rows: Tensor) -> Tensor:
+        """rows (B, F) of image rows -> stacked frames (B, 3 F, S, S) uint8: a view of the gathered rows."""
+        flat = rows.flatten()
+        out = torch.empty((len(flat), *self.images[0].shape[1:]), dtype=torch.uint8, device=self.images[0].device)
+        cuts = (
+            torch.searchsorted(flat, torch.tensor(self.bounds, device=flat.device)).tolist()
+            if len(self.images) > 1
+            else [0, len(flat)]
+        )
+        for image, start, low, high in zip(self.images, self.bounds, cuts[:-1], cuts[1:]):
+            torch.index_select(image, 0, flat[low:high] - start, out=out[low:high])
+        return out.view(len(rows), *self.obs_shape).to(self.device, non_blocking=True)
+
+    def state_dict(self) -> dict:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.generator.set_state(state["generator"])
+
+
+# ==== Runs ====
+
+FREE_FLAGS = {"data_dir", "runs_dir", "log_every", "buffer_device", "overwrite", "evaluate", "steps", "eval_every"}
+EVAL_SEED = 1_000_000  # evaluation episode i starts from seed EVAL_SEED + i, in every run and at every step
+CHECKPOINT_SECONDS = 300.0
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    for name in ("mujoco", "dm_control"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def hardware(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{len(os.sched_getaffinity(0))} cores of {name}"
+
+
+def has_bf16(device: str) -> bool:
+    """Whether the hardware multiplies bfloat16 natively (emulation is slower than float32)."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability() >= (8, 0)
+    with contextlib.suppress(OSError):
+        return any(flag in Path("/proc/cpuinfo").read_text() for flag in (" avx512_bf16", " amx_bf16"))
+    return False
+
+
+def parse_args(args_class, tuned: dict, quick: dict):
+    """The command line as an `args_class`. Defaults: the class, then the most exact entry of `tuned` for
+    (task, dataset), then `quick` under --quick; what the user typed wins. Resolves --device and --precision auto.
+
+    From here on a UserError ends the process with its one line and status 1."""
+    import tyro
+
+    sys.excepthook = one_line_errors
+    typed = _typed(sys.argv[1:])
+    defaults = args_class()
+    task, dataset = typed.get("task", defaults.task), typed.get("dataset", defaults.dataset)
+    merged: dict[str, Any] = {}
+    for key in (("*", "*"), ("*", dataset), (task, "*"), (task, dataset)):
+        merged |= tuned.get(key, {})
+    if "quick" in typed and typed["quick"] != "False":
+        merged |= quick
+    args = tyro.cli(args_class, default=dataclasses.replace(defaults, **merged), config=(tyro.conf.FlagCreatePairsOff,))
+    args.data_dir, args.runs_dir = (args.data_dir or default_data_dir(), args.runs_dir or str(HERE / "runs"))
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.precision == "auto":
+        args.precision = "bf16" if has_bf16(args.device) else "fp32"
+    return args
+
+
+def _typed(argv: list[str]) -> dict[str, str]:
+    """--flag value and --flag=value pairs as typed; a flag without a value maps to 'True'."""
+    typed = {}
+    for i, word in enumerate(argv):
+        if word.startswith("--"):
+            name, _, value = word[2:].partition("=")
+            following = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("--") else "True"
+            typed[name.replace("-", "_")] = value or following
+    return typed
+
+
+def one_line_errors(kind, error, trace) -> None:
+    if issubclass(kind, UserError):
+        print(f"error: {error}", file=sys.stderr)
+    elif issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def evaluation_pool(args, facts: dict) -> EnvPool | None:
+    """The environments to evaluate in, rendered as the data was; None where --eval-every is 0.
+
+    facts: Dataset.facts(). Warns where the data was rendered by another mujoco than the one installed."""
+    if args.eval_every == 0:
+        return None
+    if facts["task"] == "own":
+        raise UserError(f"{facts['set']} names no task to evaluate on; train on it with --eval-every 0")
+    installed = versions().get("mujoco")
+    if facts["source"] == "vd4rl":
+        print(
+            "note: the official sets were rendered before MuJoCo 3.2.0, which changed the pixels of walker and cheetah "
+            "(mean difference 1.6 and 2.1 of 255): evaluation frames differ that much from the data"
+        )
+    elif facts["mujoco"] != installed:
+        print(f"warning: the data was rendered with mujoco {facts['mujoco']}, evaluation renders with {installed}")
+    return EnvPool(facts["task"], facts["size"], args.eval_episodes, render=facts["render"])
+
+
+def start_run(args, dataset: Dataset) -> "Run":
+    """Opens runs/[quick/]<algo>/<task>/<set>[-vd4rl]/[<tag>-]seed<k>: lock, config.json, a copy of the script.
+
+    The same command continues what is there. Raises UserError where the folder holds a run with other flags or
+    data, where another process runs in it, and SystemExit(0) where the run is finished."""
+    script = Path(sys.modules["__main__"].__file__).resolve()
+    set_name = dataset.path.name + ("-vd4rl" if dataset.source == "vd4rl" else "")
+    tag = f"{args.tag}-" if args.tag else ""
+    base = Path(args.runs_dir) / "quick" if args.quick else Path(args.runs_dir)
+    return Run(base / script.stem / args.task / set_name / f"{tag}seed{args.seed}", args, dataset.facts(), script)
+
+
+class Run:
+    """A run folder: config, metrics, checkpoints, resume. Seeds torch and NumPy; holds the folder's lock."""
+
+    def __init__(self, path: Path, args, facts: dict, script: Path):
+        self.path, self.args, self.facts = path, args, facts
+        with _plain_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            self.lock = lock_file(path / ".lock")
+            if args.overwrite:
+                for entry in path.iterdir():
+                    if entry.name != ".lock":
+                        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        self._check_config()
+        if (path / "finished.json").exists():
+            summary = json.loads((path / "finished.json").read_text())
+            if args.steps > summary["steps"]:
+                raise UserError(
+                    f"{path} finished at {summary['steps']} steps and keeps weights only; --tag or --overwrite"
+                )
+            print(f"{path} is finished: {json.dumps(summary)}")
+            raise SystemExit(0)
+        if args.eval_every is None:
+            args.eval_every = -(-args.steps // 20)
+        with _plain_errors(path):
+            config = {
+                "algo": script.stem, "args": dataclasses.asdict(args), "dataset": facts, "versions": versions(),
+                "hardware": hardware(args.device), "commit": _commit(script), "command": " ".join(sys.argv),
+            }  # fmt: skip
+            write_atomically(path / "config.json", json.dumps(config, indent=1, default=str))
+            shutil.copy(script, path / script.name)
+        torch.manual_seed(args.seed)
+        np.random.seed(args.seed)
+        self.stop_signal, self.last_logged, self.last_saved, self.wall = (0, -1, time.monotonic(), 0.0)
+        self.bar = None
+
+    def _check_config(self) -> None:
+        file = self.path / "config.json"
+        if not file.exists():
+            return
+        old, new = json.loads(file.read_text()), dataclasses.asdict(self.args)
+        changed = {
+            name: (old["args"].get(name), value)
+            for name, value in new.items()
+            if name not in FREE_FLAGS and json.loads(json.dumps(value, default=str)) != old["args"].get(name)
+        }
+        if self.args.steps < old["args"]["steps"]:
+            changed["steps"] = (old["args"]["steps"], self.args.steps)
+        if self.args.eval_every is None:
+            self.args.eval_every = old["args"]["eval_every"]
+        elif self.args.eval_every != old["args"]["eval_every"]:
+            changed["eval_every"] = (old["args"]["eval_every"], self.args.eval_every)
+        if old["dataset"]["hash"] != self.facts["hash"]:
+            changed["dataset hash"] = (old["dataset"]["hash"], self.facts["hash"])
+        if changed:
+            text = ", ".join(f"--{name.replace('_', '-')} {was} -> {now}" for name, (was, now) in changed.items())
+            raise UserError(f"{self.path} holds a run with other flags: {text}. Give this one a --tag, or --overwrite")
+
+    # ---- loop ----
+
+    def log_due(self, step: int) -> bool:
+        """Also moves the progress bar: call it once a step."""
+        self._tick(step)
+        return step % self.args.log_every == 0 or self.eval_due(step) or bool(self.stop_signal)
+
+    def eval_due(self, step: int) -> bool:
+        """20 times a run, and at its end. Where --eval-every is 0 these are checkpoints alone."""
+        every = self.args.eval_every or -(-self.args.steps // 20)
+        return step % every == 0 or step == self.args.steps
+
+    def checkpoint_due(self, step: int) -> bool:
+        """At every evaluation, every 5 minutes, and when asked to stop; only right after metrics were seen finite."""
+        late = time.monotonic() - self.last_saved > CHECKPOINT_SECONDS
+        return self.last_logged == step and (self.eval_due(step) or late or bool(self.stop_signal))
+
+    def log(self, part: str, step: int, metrics: dict[str, Any]) -> None:
+        """Appends a row to <part>.csv and TensorBoard. A list spreads over numbered columns.
+
+        Raises UserError that names the first metric which is not finite."""
+        row = {"step": step, "wall_s": round(self.wall_s(), 1)}
+        for name, value in metrics.items():
+            row |= {f"{name}_{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
+        for name, value in row.items():
+            if not np.isfinite(value):
+                kept = [entry.name for entry in self._checkpoints()]
+                raise UserError(
+                    f"{name} is {value} at step {step}; {self.path} keeps {', '.join(kept) or 'no checkpoint'}"
+                )
+        with _plain_errors(self.path):
+            file = self.path / f"{part}.csv"
+            new = not file.exists()
+            with open(file, "a", newline="") as handle:
+                writer = csv.DictWriter(handle, row)
+                if new:
+                    writer.writeheader()
+                writer.writerow(row)
+        if self.tensorboard:
+            for name, value in row.items():
+                self.tensorboard.add_scalar(name if "/" in name else f"{part}/{name}", value, step)
+        if part == "eval":
+            self.bar.write(f"step {step}: score {row['score']:.1f}")
+        elif "critic/loss" in row or "actor/loss" in row:
+            self.bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k.endswith("loss")}, refresh=False)
+        self.last_logged = step if part == "train" else self.last_logged
+
+    def wall_s(self) -> float:
+        """Seconds this run has taken, over all its resumes, evaluation included."""
+        return self.wall + time.monotonic() - self.begun
+
+    # ---- checkpoints ----
+
+    def load_checkpoint(self, **objects) -> int:
+        """Restores the newest whole checkpoint into `objects` and cuts later metrics. Returns its step, 0 if none."""
+        step = 0
+        for folder in reversed(self._checkpoints()):
+            try:
+                if sha256(folder / "state.pt") != (folder / "sha256").read_text():
+                    raise ValueError("its hash does not match")
+                state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            except Exception as error:  # whatever torch.load makes of a damaged file
+                print(f"warning: {folder} is damaged ({error}); falling back to the one before")
+                shutil.rmtree(folder)
+                continue
+            for name, thing in objects.items():
+                thing.load_state_dict(state["objects"][name])
+            _restore_generators(state["generators"])
+            step, self.wall = state["step"], state["wall_s"]
+            print(f"continuing {self.path} at step {step}")
+            break
+        for file in self.path.glob("*.csv"):
+            with open(file, newline="") as handle:
+                rows = list(csv.reader(handle))
+            kept = [rows[0], *(row for row in rows[1:] if len(row) == len(rows[0]) and int(row[0]) <= step)]
+            write_atomically(file, "".join(",".join(row) + "\n" for row in kept))
+        self._open_displays(step)
+        self.begun, self.first_step = time.monotonic(), step
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        return step
+
+    def save_checkpoint(self, step: int, **objects) -> None:
+        """Writes state_dict() of all `objects` and every generator; the one before stays until this one is whole.
+
+        At the last step it ends the run: weights.pt and finished.json instead. After SIGTERM or Ctrl-C it raises
+        SystemExit. Raises UserError, and keeps the checkpoints there are, where a weight is not finite."""
+        state = {"step": step, "wall_s": self.wall_s(), "objects": {k: v.state_dict() for k, v in objects.items()}}
+        state["generators"] = _generators()
+        _require_finite(state["objects"], f"step {step}: ")
+        with _plain_errors(self.path):
+            if step == self.args.steps:
+                return self._finish(step, state["objects"]["agent"])
+            temporary = self.path / "checkpoint.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir()
+            _save(state, temporary / "state.pt")
+            write_atomically(temporary / "sha256", sha256(temporary / "state.pt"))
+            _fsync_folder(temporary)
+            target = self.path / f"checkpoint-{step:09d}"
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+            _fsync_folder(self.path)
+            for old in self._checkpoints()[:-2]:
+                shutil.rmtree(old)
+        self.last_saved = time.monotonic()
+        if self.stop_signal:
+            self.bar.close()
+            print(f"stopped at step {step} with a checkpoint; the same command continues")
+            raise SystemExit(128 + self.stop_signal)
+
+    def _finish(self, step: int, agent: dict) -> None:
+        _save(
+            {k: v for k, v in agent.items() if not k.endswith("_extra_state")} | {"_extra_state": {}},
+            self.path / "weights.pt",
+        )
+        summary = {"steps": step, "wall_s": round(self.wall_s(), 1)}
+        if (self.path / "eval.csv").exists():
+            with open(self.path / "eval.csv", newline="") as handle:
+                scores = [float(row["score"]) for row in csv.DictReader(handle)]
+            late = scores[-max(2, round(len(scores) / 10)) :]
+            summary |= {"score_last": round(scores[-1], 2), "score_late_mean": round(float(np.mean(late)), 2)}
+        write_atomically(self.path / "finished.json", json.dumps(summary))
+        for old in self._checkpoints():
+            shutil.rmtree(old)
+        self.bar.close()
+        print(f"finished: {json.dumps(summary)}\nin {self.path}")
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted(self.path.glob("checkpoint-*"))
+
+    def _on_signal(self, number: int, _) -> None:
+        self.stop_signal = number
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        print("\nstopping after this update, with a checkpoint (once more: at once)", flush=True)
+
+    # ---- what people see ----
+
+    def _open_displays(self, step: int) -> None:
+        self.tensorboard = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
+        except ImportError:
+            print("note: tensorboard is not installed; metrics go to CSV alone")
+        try:
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=self.args.steps, initial=step, unit="update", dynamic_ncols=True, mininterval=1.0)
+        except ImportError:
+            print("note: tqdm is not installed; no progress bar")
+            self.bar = types.SimpleNamespace(update=lambda n: None, write=print, close=lambda: None,
+                                             set_postfix=lambda *_, **__: None)  # fmt: skip
+
+    def _tick(self, step: int) -> None:
+        self.bar.update(1)
+        done = step - self.first_step
+        if done == 20 and self.args.device == "cpu" and not self.args.quick:
+            hours = (time.monotonic() - self.begun) / done * (self.args.steps - step) / 3600
+            if hours > 1:
+                self.bar.write(f"note: the full run takes {hours:.1f} hours on this CPU, evaluation not counted; "
+                               "--quick shows learning in about 10 minutes")  # fmt: skip
+
+
+def save_video(path: Path, frames: list[np.ndarray]) -> None:
+    """frames: T arrays (3, S, S) uint8, played at 20 per second, 4 times enlarged. Says so where it cannot write."""
+    try:
+        import imageio.v2 as imageio
+
+        with imageio.get_writer(path, fps=20, macro_block_size=1) as video:
+            for frame in frames:
+                video.append_data(frame.transpose(1, 2, 0).repeat(4, 0).repeat(4, 1))
+        print(f"video: {path}")
+    except (ImportError, OSError) as error:
+        print(f"note: {path.name} was not written ({error})")
+
+
+def load_run(args):
+    """What --evaluate RUN needs: the run's args (but this command's device and episodes), its data's facts, weights."""
+    path = Path(args.evaluate)
+    try:
+        config = json.loads((path / "config.json").read_text())
+        weights = torch.load(path / "weights.pt", map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"--evaluate {path}: {Path(error.filename).name} is missing; is the run finished?") from None
+    kept = {name: value for name, value in config["args"].items() if hasattr(args, name)}
+    kept |= {name: getattr(args, name) for name in ("device", "precision", "eval_episodes", "evaluate")}
+    return dataclasses.replace(args, **kept), config["dataset"], weights
+
+
+def accelerate(agent, name: str, args):
+    """The method `name` of `agent` in the form that --accelerate asks for; all compute the same.
+
+    eager: as it stands. compile: the methods in agent.LOSSES under torch.compile. graph: the whole method as one CUDA
+    graph (static inputs; outputs are cloned). auto: eager, until the others are measured to be faster and equal."""
+    if args.accelerate == "compile":
+        for loss in agent.LOSSES:
+            setattr(agent, loss, torch.compile(getattr(agent, loss), fullgraph=True, dynamic=False))
+    if args.accelerate != "graph":
+        return getattr(agent, name)
+    if not args.device.startswith("cuda"):
+        raise UserError("--accelerate graph needs --device cuda")
+    return CudaGraph(agent, getattr(agent, name))
+
+
+class CudaGraph:
+    """Captures method(batch, *tensors) on its first call. Warm-up runs leave no trace: weights, optimisers and
+    generators are put back before the capture, which itself computes nothing."""
+
+    def __init__(self, agent, method):
+        self.agent, self.method, self.graph = agent, method, None
+
+    def __call__(self, batch: NamedTuple, *tensors: Tensor):
+        if self.graph is None:
+            self._capture(batch, tensors)
+        for static, value in zip([*self.batch, *self.tensors], [*batch, *tensors]):
+            if value is not None:
+                static.copy_(value, non_blocking=True)
+        self.graph.replay()
+        return {name: value.clone() for name, value in self.metrics.items()}
+
+    def _capture(self, batch, tensors) -> None:
+        self.batch = type(batch)(*(None if value is None else value.clone() for value in batch))
+        self.tensors = [value.clone() for value in tensors]
+        saved, generators = _clone(self.agent.state_dict()), _generators()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.method(self.batch, *self.tensors)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.agent.load_state_dict(saved)
+        _restore_generators(generators)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.metrics = self.method(self.batch, *self.tensors)
+
+
+def _clone(state):
+    if isinstance(state, dict):
+        return {key: _clone(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_clone(value) for value in state]
+    return state.clone() if isinstance(state, Tensor) else state
+
+
+def _require_finite(state, where: str) -> None:
+    if isinstance(state, dict):
+        for key, value in state.items():
+            _require_finite(value, f"{where}.{key}")
+    elif isinstance(state, Tensor) and state.is_floating_point() and not torch.isfinite(state).all():
+        raise UserError(f"{where} holds a value that is not finite; the checkpoint before it is kept")
+
+
+def _generators() -> dict:
+    kind, keys, *rest = np.random.get_state()
+    state = {"torch": torch.get_rng_state(), "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest]}
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _restore_generators(state: dict) -> None:
+    kind, keys, *rest = state["numpy"]
+    torch.set_rng_state(state["torch"])
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _save(state, path: Path) -> None:
+    with open(path, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync_folder(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def _commit(script: Path) -> str:
+    """The git commit (-dirty where files changed), or the script's sha256 outside a repository."""
+    git = ["git", "-C", str(script.parent)]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
+        return commit[:12] + ("-dirty" if dirty else "")
+    return "sha256:" + sha256(script)[:12]

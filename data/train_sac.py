@@ -1,0 +1,223 @@
+"""Collector policies: soft actor-critic (arXiv:1812.05905) on proprioceptive states, frame skip 2, one core.
+
+    python data/train_sac.py --task walker-walk --envs 25           # mixed: the replay; medium; expert
+    python data/train_sac.py --task cheetah-run --envs 10 --tau 0.01
+    python data/train_sac.py --task walker-walk --export            # choose actors, write data/policies/<task>/
+
+One step = one gradient update, before which each of `--envs` environments makes one control step (physics is
+nearly free beside an update). Left behind in the run folder, all of it resumable:
+    checkpoint.pt            networks, optimisers, temperature, generators, counts
+    replay/*.npy             the transitions, memory-mapped
+    record/*.npy             per episode: reset seed, int16 actions, return, a full physics state every 50 steps
+    actors/<step>.npz        candidates for medium and expert
+Actions are rounded to a grid of 2 / 65534 before they are executed, so that two bytes record them exactly."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # 256-wide layers: a second thread costs more than it gives
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(1, str(ROOT))
+from common import make_env  # noqa: E402
+
+EPISODE, STATE_EVERY, GRID = 500, 50, 32767  # control steps; control steps; action = int16 / GRID
+HIDDEN, BATCH, GAMMA = 256, 256, 0.99
+
+# Published means of the sampled policy's return (V-D4RL Table 5): what the exported actors must come near to.
+TARGETS = {
+    "walker-walk": {"medium": 439.6, "expert": 969.8},
+    "cheetah-run": {"medium": 523.8, "expert": 891.1},
+    "humanoid-walk": {"medium": 573.0, "expert": 858.1},
+}
+MIXED_TRANSITIONS = {"walker-walk": 100_000, "cheetah-run": 200_000, "humanoid-walk": 600_000}
+
+
+def mlp(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(inputs, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, outputs)
+    )
+
+
+class SAC(nn.Module):
+    """Twin critics, tanh-Gaussian actor, learned temperature. States are divided by `scale` (D,), a buffer."""
+
+    def __init__(self, state_dim: int, action_dim: int, lr: float, tau: float):
+        super().__init__()
+        self.tau, self.target_entropy = tau, -float(action_dim)
+        self.actor = mlp(state_dim, 2 * action_dim)
+        self.q1, self.q2 = (mlp(state_dim + action_dim, 1) for _ in range(2))
+        self.q1_target, self.q2_target = (mlp(state_dim + action_dim, 1) for _ in range(2))
+        self.q1_target.load_state_dict(self.q1.state_dict())
+        self.q2_target.load_state_dict(self.q2.state_dict())
+        self.log_alpha = nn.Parameter(torch.tensor(0.0))
+        self.register_buffer("scale", torch.ones(state_dim))
+        critics = [*self.q1.parameters(), *self.q2.parameters()]
+        self.optimizers = {
+            "actor": torch.optim.Adam(self.actor.parameters(), lr, fused=True),
+            "critic": torch.optim.Adam(critics, lr, fused=True),
+            "alpha": torch.optim.Adam([self.log_alpha], lr),
+        }
+        self.critic_pairs = list(zip(critics, [*self.q1_target.parameters(), *self.q2_target.parameters()]))
+
+    def sample(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """state (B, D), scaled -> action (B, A) in (-1, 1), its log-density (B, 1)."""
+        mean, log_std = self.actor(state).chunk(2, -1)
+        log_std = -5 + 3.5 * (1 + torch.tanh(log_std))  # std between e^-5 and e^2
+        raw = mean + log_std.exp() * torch.randn_like(mean)
+        normal = -0.5 * ((raw - mean) / log_std.exp()).square() - log_std - 0.9189385
+        squash = 2 * (0.6931472 - raw - F.softplus(-2 * raw))  # log(1 - tanh(raw)^2)
+        return torch.tanh(raw), (normal - squash).sum(-1, keepdim=True)
+
+    def update(self, state, action, reward, next_state, discount) -> None:
+        state, next_state, alpha = (state / self.scale, next_state / self.scale, self.log_alpha.exp().detach())
+        with torch.no_grad():
+            next_action, next_log_prob = self.sample(next_state)
+            pair = torch.cat([next_state, next_action], -1)
+            next_value = torch.minimum(self.q1_target(pair), self.q2_target(pair)) - alpha * next_log_prob
+            target_q = reward + discount * GAMMA * next_value
+        pair = torch.cat([state, action], -1)
+        critic_loss = F.mse_loss(self.q1(pair), target_q) + F.mse_loss(self.q2(pair), target_q)
+        self._step("critic", critic_loss)
+        sampled, log_prob = self.sample(state)
+        pair = torch.cat([state, sampled], -1)
+        self._step("actor", (alpha * log_prob - torch.minimum(self.q1(pair), self.q2(pair))).mean())
+        self._step("alpha", -(self.log_alpha * (log_prob.detach().mean() + self.target_entropy)))
+        with torch.no_grad():
+            online, target = zip(*self.critic_pairs)
+            torch._foreach_lerp_(target, online, self.tau)
+
+    def _step(self, name: str, loss: torch.Tensor) -> None:
+        self.optimizers[name].zero_grad()
+        loss.backward()
+        self.optimizers[name].step()
+
+    def save_actor(self, path: Path, **facts) -> None:
+        """The actor as plain arrays: W0, b0, ... (in, out), and `scale`."""
+        layers = [m for m in self.actor if isinstance(m, nn.Linear)]
+        arrays = {f"W{i}": m.weight.detach().numpy().T for i, m in enumerate(layers)}
+        arrays |= {f"b{i}": m.bias.detach().numpy() for i, m in enumerate(layers)}
+        np.savez(path, scale=self.scale.numpy(), **arrays, **{k: np.array(v) for k, v in facts.items()})
+
+
+class Store:
+    """Named memory-mapped arrays that share their first axis; a checkpoint says how many rows count."""
+
+    def __init__(self, folder: Path, rows: int, **row_shapes):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, (shape, dtype) in row_shapes.items():
+            path = folder / f"{name}.npy"
+            mode = "r+" if path.exists() else "w+"
+            array = np.lib.format.open_memmap(path, mode, dtype, None if mode == "r+" else (rows, *shape))
+            setattr(self, name, array)
+
+
+def train(args: argparse.Namespace) -> None:
+    out = args.runs_dir / args.task
+    (out / "actors").mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    envs = [make_env(args.task, size=None) for _ in range(args.envs)]
+    _, info = envs[0].reset(0)
+    D, A, S = len(info["state"]), envs[0].action_dim, len(envs[0].get_state())
+    rounds = -(-args.steps // EPISODE)  # every environment makes one episode a round
+    f32, f64 = np.float32, np.float64
+    replay = Store(
+        out / "replay", rounds * EPISODE * args.envs,
+        state=((D,), f32), action=((A,), f32), reward=((1,), f32), next_state=((D,), f32), discount=((1,), f32),
+    )  # fmt: skip
+    record = Store(
+        out / "record", rounds * args.envs,
+        seed=((), np.int64), action=((EPISODE, A), np.int16), ret=((), f64),
+        physics=((EPISODE // STATE_EVERY, S), f64), updates=((), np.int64),
+    )  # fmt: skip
+    agent = SAC(D, A, args.lr, args.tau)
+    step, done_rounds, mean, square = 0, 0, np.zeros(D), np.ones(D)
+    checkpoint = out / "checkpoint.pt"
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        if saved["envs"] != args.envs:
+            raise SystemExit(f"{checkpoint} was made with --envs {saved['envs']}")
+        agent.load_state_dict(saved["agent"])
+        for name, state in saved["optimizers"].items():
+            agent.optimizers[name].load_state_dict(state)
+        torch.set_rng_state(saved["torch_rng"])
+        rng.bit_generator.state = json.loads(saved["rng"])
+        step, done_rounds = saved["step"], saved["rounds"]
+        mean, square = saved["mean"].numpy(), saved["square"].numpy()
+        print(f"resumed at {step} updates, {done_rounds * args.envs} episodes", flush=True)
+    start_time, start_step = time.time(), step
+    while done_rounds < rounds:
+        first = done_rounds * args.envs
+        seeds = [args.seed * 1_000_003 + first + i for i in range(args.envs)]
+        states = np.stack([env.reset(seed)[1]["state"] for env, seed in zip(envs, seeds)])
+        returns = np.zeros(args.envs)
+        for t in range(EPISODE):
+            if t % STATE_EVERY == 0:
+                for i, env in enumerate(envs):
+                    record.physics[first + i, t // STATE_EVERY] = env.get_state()
+            if done_rounds == 0:  # one round of uniform actions before learning starts
+                action = rng.uniform(-1, 1, (args.envs, A))
+            else:
+                with torch.no_grad():
+                    action = agent.sample(torch.from_numpy(states) / agent.scale)[0].numpy()
+            grid = np.rint(action * GRID).astype(np.int16)
+            action = grid.astype(f32) / f32(GRID)
+            rows = slice((first + 0) * EPISODE + t * args.envs, (first + 0) * EPISODE + (t + 1) * args.envs)
+            replay.state[rows], replay.action[rows] = states, action
+            for i, env in enumerate(envs):
+                _, reward, terminal, _, info = env.step(action[i])
+                states[i] = info["state"]
+                replay.reward[rows.start + i], replay.discount[rows.start + i] = (reward, 1.0 - terminal)
+                returns[i] += reward
+            replay.next_state[rows] = states
+            record.action[first : first + args.envs, t] = grid
+            weight = args.envs / max(rows.stop, 1)  # running moments over all transitions so far
+            mean += weight * (states.mean(0) - mean)
+            square += weight * ((states**2).mean(0) - square)
+            if done_rounds > 0:
+                agent.scale.copy_(torch.from_numpy(np.sqrt(np.maximum(square - mean**2, 1e-4))))
+                i = rng.integers(rows.stop, size=BATCH)
+                agent.update(*(torch.from_numpy(a[i]) for a in (
+                    replay.state, replay.action, replay.reward, replay.next_state, replay.discount)))  # fmt: skip
+                step += 1
+                if step % args.actor_every == 0:
+                    agent.save_actor(out / "actors" / f"{step:07d}.npz", updates=step)
+        record.seed[first : first + args.envs], record.ret[first : first + args.envs] = (seeds, returns)
+        record.updates[first : first + args.envs] = step
+        done_rounds += 1
+        saved = {
+            "agent": agent.state_dict(), "optimizers": {k: o.state_dict() for k, o in agent.optimizers.items()},
+            "torch_rng": torch.get_rng_state(), "rng": json.dumps(rng.bit_generator.state), "step": step,
+            "rounds": done_rounds, "mean": torch.from_numpy(mean), "square": torch.from_numpy(square),
+            "envs": args.envs,
+        }  # fmt: skip
+        torch.save(saved, out / "checkpoint.tmp")
+        os.replace(out / "checkpoint.tmp", checkpoint)
+        rate = (step - start_step) / (time.time() - start_time)
+        left = (rounds * EPISODE - step) / max(rate, 1e-9) / 60
+        print(f"{step:7d} updates  {(first + args.envs) * EPISODE:8d} transitions  sampled return "
+              f"{returns.mean():6.1f}  {rate:5.1f} updates/s  {left:5.1f} min left", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", default="walker-walk")
+    parser.add_argument("--steps", type=int, default=60_000, help="gradient updates, the first 500 turns only collect")
+    parser.add_argument("--envs", type=int, default=8, help="environments, one control step each per update")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--tau", type=float, default=0.005)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--actor-every", type=int, default=250, help="updates between saved actors")
+    parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs" / "sac")
+    train(parser.parse_args())
