@@ -9,13 +9,14 @@ and this file works. Networks, losses, schedules and augmentation are not here: 
 
 import contextlib
 import csv
-import ctypes
 import ctypes.util
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import importlib
 import importlib.metadata
+import io
 import json
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ import sys
 import time
 import traceback
 import types
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,26 +57,17 @@ RENDER_QUALITY = {  # name -> (shadow map size, stacks per geometry); None leave
 GL_PACKAGES = "apt-get install libegl1 libopengl0 libgl1-mesa-dri (EGL), or libosmesa6 (OSMesa)"
 
 
+@functools.cache
 def egl_works() -> bool:
-    """Whether libEGL is there and one of its devices initialises (Mesa's software device counts)."""
-    try:
-        egl = ctypes.CDLL("libEGL.so.1")
-    except OSError:
-        return False
-    egl.eglGetProcAddress.restype = ctypes.c_void_p
+    """Whether an EGL context can be made (Mesa's software device counts). Asked in a process of its own: PyOpenGL
+    keeps the first platform it has tried."""
+    probe = [sys.executable, "-c", "from mujoco.egl import GLContext; GLContext(8, 8).free()"]
+    return subprocess.run(probe, env=os.environ | {"MUJOCO_GL": "off"}, capture_output=True).returncode == 0
 
-    def function(name, result, *arguments):
-        address = egl.eglGetProcAddress(name)
-        return ctypes.CFUNCTYPE(result, *arguments)(address) if address else lambda *_: 0
 
-    pointer, integer = ctypes.c_void_p, ctypes.c_int
-    devices, count = (pointer * 32)(), integer()
-    query = function(b"eglQueryDevicesEXT", integer, integer, ctypes.POINTER(pointer), ctypes.POINTER(integer))
-    display_of = function(b"eglGetPlatformDisplayEXT", pointer, integer, pointer, pointer)
-    initialize = function(b"eglInitialize", integer, pointer, pointer, pointer)
-    query(32, devices, ctypes.byref(count))
-    displays = [display_of(0x313F, device, None) for device in devices[: count.value]]  # EGL_PLATFORM_DEVICE_EXT
-    return any(display and initialize(display, None, None) for display in displays)
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_gl() -> str:
@@ -148,7 +141,8 @@ class DMCEnv:
             os.environ.setdefault("MUJOCO_GL", "off")  # states only: importing dm_control needs no GL
         elif os.environ.get("MUJOCO_GL", "").lower() in ("", "off"):
             os.environ.pop("MUJOCO_GL", None)
-            os.environ["MUJOCO_GL"] = choose_gl()
+            if sys.platform != "darwin":
+                os.environ["MUJOCO_GL"] = choose_gl()
         from dm_control import suite
 
         domain, _, name = task.partition("-")
@@ -250,7 +244,7 @@ class EnvPool:
     here with its traceback. `done` (count,) bool marks finished episodes; those get reward 0 and keep their obs."""
 
     def __init__(self, task, size, count, frame_stack=3, render="fast", workers=None):
-        workers = min(count, workers or len(os.sched_getaffinity(0)))
+        workers = min(count, workers or cores())
         gl = "off" if size is None else choose_gl()
         kwargs = {"task": task, "size": size, "frame_stack": frame_stack, "render": render}
         shares = [count // workers + (i < count % workers) for i in range(workers)]
@@ -274,7 +268,8 @@ class EnvPool:
     def call(self, method: str, arguments: list) -> list:
         """env.method(*arguments[i]) in every environment i whose arguments are not None; results in order."""
         for i, pipe in enumerate(self.pipes):
-            pipe.send((method, arguments[self.bounds[i] : self.bounds[i + 1]]))
+            with contextlib.suppress(ConnectionError):  # a dead worker is noticed below
+                pipe.send((method, arguments[self.bounds[i] : self.bounds[i + 1]]))
         results, failure = [], None
         for pipe in self.pipes:
             try:
@@ -344,6 +339,7 @@ def _no_main():
 # steps has T+1 rows. discount is 0 after a terminal step, else 1 (a time limit is no terminal).
 
 STANDARD_SETS = ("random", "mixed", "medium", "medexp", "expert")
+STANDARD_TRANSITIONS = {("cheetah-run", "mixed"): 200_000, ("humanoid-walk", "mixed"): 600_000}  # else as below
 ARRAYS = {"image": np.uint8, "action": np.float32, "reward": np.float32, "discount": np.float32, "episode": np.int64}
 BUFFER_SHARE = 0.6  # --buffer-device auto holds the frames on the GPU if they fit in this share of its free memory
 
@@ -356,8 +352,8 @@ class Part:
         for name, dtype in ARRAYS.items():
             file = path / f"{name}.npy"
             try:
-                array = np.load(file, mmap_mode="c")  # copy on write: torch wants writable memory; the file stays
-            except (OSError, ValueError) as error:
+                array = np.load(file, mmap_mode="r")  # "c" would count against memory: no set larger than that
+            except (OSError, EOFError, ValueError) as error:
                 raise UserError(f"{file}: missing, truncated or no .npy file ({error}); make the set again") from None
             rows = meta["episodes"] if name == "episode" else meta["rows"]
             if array.dtype != dtype or len(array) != rows:
@@ -393,6 +389,11 @@ class Dataset:
         folders = [(self.path / part).resolve() for part in self.meta.get("parts", ["."])]
         self.parts = [Part(folder, read_meta(folder)) for folder in folders]
         first = self.parts[0].meta
+        for part in self.parts:
+            if any(part.meta[name] != first[name] for name in ("task", "size", "render")):
+                raise UserError(
+                    f"{self.path}: {part.path} has another task, size or render quality than the first part"
+                )
         self.task, self.source, self.size = first["task"], first["source"], first["size"]
         self.render, self.mujoco = first["render"], first["mujoco"]
         self.action_dim = self.parts[0].action.shape[1]
@@ -436,9 +437,15 @@ def default_data_dir() -> str:
     return os.environ.get("CLEANPIXELS_DATA") or str(HERE / "datasets")
 
 
+def standard_transitions(task: str, name: str) -> int:
+    """The size of the published set (V-D4RL Table 5)."""
+    return STANDARD_TRANSITIONS.get((task, name), 200_000 if name == "medexp" else 100_000)
+
+
 def set_folder(data_dir, source, task, name, size, transitions=None, seed=0) -> Path:
     """datasets/<source>/<task>/<name>-<size>px[-<transitions>][-seed<s>]"""
-    suffix = (f"-{transitions}" if transitions else "") + (f"-seed{seed}" if seed else "")
+    suffix = f"-{transitions}" if transitions not in (None, standard_transitions(task, name)) else ""
+    suffix += f"-seed{seed}" if seed else ""
     return Path(data_dir) / source / task / f"{name}-{size}px{suffix}"
 
 
@@ -498,7 +505,8 @@ class DatasetWriter:
     def __init__(self, path, size: int, action_dim: int, task: str = "own", source: str = "own", **facts):
         self.path = Path(path)  # facts: render (a key of RENDER_QUALITY), mujoco (version), recipe (dict)
         facts = {"render": "fast", "mujoco": None, "recipe": {}} | facts
-        self.meta = {"task": task, "source": source, "name": self.path.name, "size": size, **facts}
+        self.meta = {"task": task, "source": source, "name": self.path.name, "size": size,
+                     "action_dim": action_dim, **facts}  # fmt: skip
         shapes = {"image": (3, size, size), "action": (action_dim,), "reward": (), "discount": ()}
         self.rows = {name: (shape, np.dtype(ARRAYS[name])) for name, shape in shapes.items()}
         self.boundaries, self.files = [0], {}
@@ -512,7 +520,7 @@ class DatasetWriter:
                 return self
             recipe, progress = self.path / "recipe.json", self.path / "progress.bin"
             if recipe.exists() and json.loads(recipe.read_text()) == json.loads(json.dumps(self.meta)):
-                self.boundaries = np.fromfile(progress, np.int64).tolist() if progress.exists() else [0]
+                self.boundaries = (np.fromfile(progress, np.int64).tolist() if progress.exists() else []) or [0]
             else:
                 progress.unlink(missing_ok=True)
                 write_atomically(recipe, json.dumps(self.meta))
@@ -537,6 +545,8 @@ class DatasetWriter:
     def add(self, frames, actions, rewards, terminal: bool = False) -> None:
         """frames (T+1, S, S, 3) uint8; actions (T, A) in [-1, 1], action t leads from frame t to frame t+1;
         rewards (T,); terminal: whether the last step ended the episode for good (not by a time limit)."""
+        if self.complete:
+            raise UserError(f"{self.path} is finished; delete it to make it anew, or give another path")
         frames, actions, rewards = np.asarray(frames), np.asarray(actions), np.asarray(rewards)
         size, (action_dim,) = self.meta["size"], self.rows["action"][0]
         expected = {"frames": (len(actions) + 1, size, size, 3), "actions": (len(actions), action_dim)}
@@ -675,7 +685,8 @@ class TransitionBuffer:
         for part in dataset.parts:
             part.check_values()
         self.action_dim, self.obs_shape = (dataset.action_dim, (3 * frame_stack, dataset.size, dataset.size))
-        self.images = [torch.from_numpy(part.image) for part in dataset.parts]
+        with warnings.catch_warnings(action="ignore"):  # torch notes that the map is read-only: nothing writes to it
+            self.images = [torch.from_numpy(part.image) for part in dataset.parts]
         self.bounds = np.cumsum([0, *(len(image) for image in self.images)]).tolist()  # first global row of each part
         first_rows = np.concatenate([part.episode + start for part, start in zip(dataset.parts, self.bounds)])
         steps = np.concatenate([part.lengths for part in dataset.parts]) - 1  # T per episode
@@ -703,7 +714,10 @@ class TransitionBuffer:
         )
         self.generator = torch.Generator().manual_seed(seed)
         if self._fits(buffer_device):
-            self.images = [torch.cat([image.to(self.device) for image in self.images])]
+            frames = torch.empty((self.bounds[-1], *self.images[0].shape[1:]), dtype=torch.uint8, device=self.device)
+            for image, start in zip(self.images, self.bounds):
+                frames[start : start + len(image)].copy_(image)
+            self.images = [frames]
             self.bounds = [0, self.bounds[-1]]
             self.rows, self.offset = self.rows.to(self.device), self.offset.to(self.device)
 
@@ -774,7 +788,7 @@ def hardware(device: str) -> str:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{len(os.sched_getaffinity(0))} cores of {name}"
+    return f"{cores()} cores of {name}"
 
 
 def has_bf16(device: str) -> bool:
@@ -1015,8 +1029,7 @@ class Run:
             temporary = self.path / "checkpoint.tmp"
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir()
-            _save(state, temporary / "state.pt")
-            write_atomically(temporary / "sha256", sha256(temporary / "state.pt"))
+            write_atomically(temporary / "sha256", _save(state, temporary / "state.pt"))
             _fsync_folder(temporary)
             target = self.path / f"checkpoint-{step:09d}"
             shutil.rmtree(target, ignore_errors=True)
@@ -1068,7 +1081,8 @@ class Run:
         try:
             from tqdm import tqdm
 
-            self.bar = tqdm(total=self.args.steps, initial=step, unit="update", dynamic_ncols=True, mininterval=1.0)
+            self.bar = tqdm(total=self.args.steps, initial=step, unit="update", dynamic_ncols=True,
+                            mininterval=1 if sys.stderr.isatty() else 30)  # fmt: skip
         except ImportError:
             print("note: tqdm is not installed; no progress bar")
             self.bar = types.SimpleNamespace(update=lambda n: None, write=print, close=lambda: None,
@@ -1106,7 +1120,7 @@ def load_run(args):
     except FileNotFoundError as error:
         raise UserError(f"--evaluate {path}: {Path(error.filename).name} is missing; is the run finished?") from None
     kept = {name: value for name, value in config["args"].items() if hasattr(args, name)}
-    kept |= {name: getattr(args, name) for name in ("device", "precision", "eval_episodes", "evaluate")}
+    kept |= {name: getattr(args, name) for name in ("device", "precision", "eval_episodes", "evaluate", "eval_every")}
     return dataclasses.replace(args, **kept), config["dataset"], weights
 
 
@@ -1151,11 +1165,22 @@ class CudaGraph:
             for _ in range(3):
                 self.method(self.batch, *self.tensors)
         torch.cuda.current_stream().wait_stream(stream)
-        self.agent.load_state_dict(saved)
+        _put_back(self.agent.state_dict(), saved)
         _restore_generators(generators)
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
             self.metrics = self.method(self.batch, *self.tensors)
+
+
+def _put_back(now, before) -> None:
+    """Copies `before` into the tensors of `now`, in place; optimiser state that was not there yet becomes zero.
+
+    It must stay: state that a capture has to make is made anew, that is zero, by every replay."""
+    if isinstance(now, dict):
+        for key, value in now.items():
+            _put_back(value, before.get(key) if isinstance(before, dict) else None)
+    elif isinstance(now, Tensor):
+        now.zero_() if before is None else now.copy_(before)
 
 
 def _clone(state):
@@ -1190,11 +1215,15 @@ def _restore_generators(state: dict) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _save(state, path: Path) -> None:
+def _save(state, path: Path) -> str:
+    """Serialised in memory first, so that a full disk is an OSError. Returns the sha256."""
+    content = io.BytesIO()
+    torch.save(state, content)
     with open(path, "wb") as file:
-        torch.save(state, file)
+        file.write(content.getbuffer())
         file.flush()
         os.fsync(file.fileno())
+    return hashlib.sha256(content.getbuffer()).hexdigest()
 
 
 def _fsync_folder(path: Path) -> None:
@@ -1208,6 +1237,8 @@ def _commit(script: Path) -> str:
     git = ["git", "-C", str(script.parent)]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
+        dirty = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no", "--", ":(top)*.py"], capture_output=True, text=True
+        ).stdout.strip()
         return commit[:12] + ("-dirty" if dirty else "")
     return "sha256:" + sha256(script)[:12]

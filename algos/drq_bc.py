@@ -29,6 +29,7 @@ from common import (  # noqa: E402
     Batch,
     EnvPool,
     TransitionBuffer,
+    UserError,
     accelerate,
     evaluation_pool,
     load_run,
@@ -98,6 +99,8 @@ class Encoder(nn.Module):
 
     def __init__(self, channels: int, size: int, width: int = 32):
         super().__init__()
+        if size < 15:
+            raise UserError(f"images of {size} px are too small for this encoder; it needs 15 or more")
         self.convs = nn.ModuleList([nn.Conv2d(channels, width, 3, stride=2)])  # 84 -> 41
         self.convs += [nn.Conv2d(width, width, 3) for _ in range(3)]  # 41 -> 39 -> 37 -> 35
         self.embed_dim = width * ((size - 1) // 2 - 6) ** 2
@@ -189,6 +192,7 @@ class Agent(nn.Module):
         dims = self.encoder.embed_dim, action_dim, args.feature_dim, args.hidden_dim
         self.actor, self.critic, self.critic_target = Actor(*dims), Critic(*dims), Critic(*dims)
         self.apply(init_weights)
+        self.encoder.to(memory_format=torch.channels_last)  # faster convolutions, same numbers up to rounding
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.critic_target.requires_grad_(False)
         on_cuda = args.device.startswith("cuda")

@@ -27,18 +27,19 @@ from common import (  # noqa: E402
     DatasetWriter,
     EnvPool,
     UserError,
+    cores,
     default_data_dir,
     lock_file,
     one_line_errors,
     read_meta,
     return_statistics,
     set_folder,
+    standard_transitions,
     versions,
     write_atomically,
 )
 
 POLICIES = Path(__file__).resolve().parent / "policies"
-SIZE_OF = {("cheetah-run", "mixed"): 200_000, ("humanoid-walk", "mixed"): 600_000}  # transitions; others 100,000
 PARTS = ("medium", "expert")  # of medexp
 EPISODE, STATE_EVERY, GRID = 500, 50, 32767  # as in train_sac.py
 
@@ -176,7 +177,7 @@ def collect(args: Args, name: str, transitions: int, folder: Path) -> np.ndarray
         return rollouts(args, name, total, None)
     if not (folder / "meta.json").exists():
         needed = total * (EPISODE + 1) * 3 * args.size**2
-        workers = args.workers or len(os.sched_getaffinity(0))
+        workers = args.workers or cores()
         print(f"{folder}: {total} episodes, {needed / 1e9:.2f} GB, {workers} workers; "
               f"about {total * EPISODE / 130 / workers / 60:.0f} min without a GPU")  # fmt: skip
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -191,7 +192,7 @@ def collect(args: Args, name: str, transitions: int, folder: Path) -> np.ndarray
 
 def rollouts(args: Args, name: str, total: int, folder: Path | None) -> np.ndarray:
     """All episodes of a set, one per environment at a time; written in order where `folder` is given."""
-    workers = args.workers or len(os.sched_getaffinity(0))
+    workers = args.workers or cores()
     pool = EnvPool(args.task, args.size if folder else None, min(total, workers), frame_stack=1, render=args.render)
     source = (Recorded if name == "mixed" else Sampled)(args, name, total, pool)
     recipe = {"seed": args.seed, "episodes": total, "action_repeat": 2, "policy": None}
@@ -271,7 +272,7 @@ def main(args: Args) -> None:
                 meta = {"format": 1, "name": "medexp", "parts": parts, "returns": return_statistics(returns)}
                 write_atomically(path / "meta.json", json.dumps(meta, indent=1))
     else:
-        size = args.transitions or SIZE_OF.get((args.task, args.dataset), 100_000)
+        size = args.transitions or standard_transitions(args.task, args.dataset)
         returns = collect(args, args.dataset, size, folder(args.dataset, args.transitions))
     print_statistics(args.task, args.dataset, returns)
     print(f"{time.time() - start:.0f} s")

@@ -1,8 +1,10 @@
 """Collector policies: soft actor-critic (arXiv:1812.05905) on proprioceptive states, frame skip 2, one core.
 
-    python data/train_sac.py --task walker-walk --envs 25           # mixed: the replay; medium; expert
-    python data/train_sac.py --task cheetah-run --envs 10 --tau 0.01
-    python data/train_sac.py --task walker-walk --export            # choose actors, write data/policies/<task>/
+    python data/train_sac.py --task cheetah-run --envs 10 --tau 0.01             # train; the same line continues
+    python data/train_sac.py --task cheetah-run --export medium expert mixed     # write data/policies/cheetah-run/
+
+--export chooses among the saved actors by 50 sampled episodes each: for medium and expert those whose mean return is
+within 5 % of the published set's, and of these the one with the smallest deviation; mixed is the run's first episodes.
 
 One step = one gradient update, before which each of `--envs` environments makes one control step (physics is
 nearly free beside an update). Left behind in the run folder, all of it resumable:
@@ -15,6 +17,7 @@ Actions are rounded to a grid of 2 / 65534 before they are executed, so that two
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -28,18 +31,11 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))
-from common import make_env  # noqa: E402
+from collect import EPISODE, GRID, POLICIES, STATE_EVERY, TABLE_5, SACPolicy  # noqa: E402
 
-EPISODE, STATE_EVERY, GRID = 500, 50, 32767  # control steps; control steps; action = int16 / GRID
+from common import EnvPool, make_env, return_statistics, standard_transitions  # noqa: E402
+
 HIDDEN, BATCH, GAMMA = 256, 256, 0.99
-
-# Published means of the sampled policy's return (V-D4RL Table 5): what the exported actors must come near to.
-TARGETS = {
-    "walker-walk": {"medium": 439.6, "expert": 969.8},
-    "cheetah-run": {"medium": 523.8, "expert": 891.1},
-    "humanoid-walk": {"medium": 573.0, "expert": 858.1},
-}
-MIXED_TRANSITIONS = {"walker-walk": 100_000, "cheetah-run": 200_000, "humanoid-walk": 600_000}
 
 
 def mlp(inputs: int, outputs: int) -> nn.Sequential:
@@ -116,9 +112,14 @@ class Store:
         folder.mkdir(parents=True, exist_ok=True)
         for name, (shape, dtype) in row_shapes.items():
             path = folder / f"{name}.npy"
-            mode = "r+" if path.exists() else "w+"
-            array = np.lib.format.open_memmap(path, mode, dtype, None if mode == "r+" else (rows, *shape))
-            setattr(self, name, array)
+            old = np.load(path, mmap_mode="r+") if path.exists() else None
+            if old is None or len(old) < rows:  # new, or --steps has grown: the file is sparse until it is written
+                new = np.lib.format.open_memmap(path.with_suffix(".tmp"), "w+", dtype, (rows, *shape))
+                if old is not None:
+                    new[: len(old)] = old
+                path.with_suffix(".tmp").replace(path)
+                old = new
+            setattr(self, name, old)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -151,6 +152,7 @@ def train(args: argparse.Namespace) -> None:
         agent.load_state_dict(saved["agent"])
         for name, state in saved["optimizers"].items():
             agent.optimizers[name].load_state_dict(state)
+            agent.optimizers[name].param_groups[0]["lr"] = args.lr  # may be lowered on the way
         torch.set_rng_state(saved["torch_rng"])
         rng.bit_generator.state = json.loads(saved["rng"])
         step, done_rounds = saved["step"], saved["rounds"]
@@ -173,7 +175,7 @@ def train(args: argparse.Namespace) -> None:
                     action = agent.sample(torch.from_numpy(states) / agent.scale)[0].numpy()
             grid = np.rint(action * GRID).astype(np.int16)
             action = grid.astype(f32) / f32(GRID)
-            rows = slice((first + 0) * EPISODE + t * args.envs, (first + 0) * EPISODE + (t + 1) * args.envs)
+            rows = slice(first * EPISODE + t * args.envs, first * EPISODE + (t + 1) * args.envs)
             replay.state[rows], replay.action[rows] = states, action
             for i, env in enumerate(envs):
                 _, reward, terminal, _, info = env.step(action[i])
@@ -210,6 +212,60 @@ def train(args: argparse.Namespace) -> None:
               f"{returns.mean():6.1f}  {rate:5.1f} updates/s  {left:5.1f} min left", flush=True)  # fmt: skip
 
 
+def sampled_returns(task: str, actor: Path, episodes: int = 50) -> np.ndarray:
+    """Returns (episodes,) of the stochastic actor."""
+    policy, pool = SACPolicy(actor), EnvPool(task, None, episodes)
+    rngs = [np.random.default_rng([7, i]) for i in range(episodes)]
+    pool.reset(range(episodes))
+    returns = np.zeros(episodes)
+    while not pool.done.all():
+        _, reward, _ = pool.step(np.stack([policy.act(info["state"], rng) for info, rng in zip(pool.infos, rngs)]))
+        returns += reward
+    pool.close()
+    return returns
+
+
+def export_actor(args: argparse.Namespace, name: str, out: Path, target: Path) -> None:
+    """The saved actor nearest in spirit to the published set: mean within 5 %, then the smallest deviation."""
+    wanted = TABLE_5[args.task, name][0]
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    updates, returns = (
+        np.load(out / "record" / f"{n}.npy", mmap_mode="r")[: saved["rounds"] * saved["envs"]].reshape(
+            -1, saved["envs"]
+        )
+        for n in ("updates", "ret")
+    )
+    near = np.argsort(np.abs(returns.mean(1) - wanted))[: args.candidates]  # by what each round scored while it learned
+    tried = []
+    for step in sorted({int(updates[i, 0]) // args.actor_every * args.actor_every for i in near} - {0}):
+        sampled = sampled_returns(args.task, out / "actors" / f"{step:07d}.npz")
+        tried.append((abs(sampled.mean() / wanted - 1) > 0.05, sampled.std(), step))
+        print(f"{name}: {step} updates, 50 episodes: {sampled.mean():.1f} +- {sampled.std():.1f}", flush=True)
+    outside, deviation, step = min(tried)
+    shutil.copy(out / "actors" / f"{step:07d}.npz", target / f"{name}.npz")
+    note = "; NONE within 5 % of the published mean" if outside else ""
+    print(f"{name}: chose {step} updates (published mean {wanted}){note}", flush=True)
+
+
+def export_mixed(args: argparse.Namespace, out: Path, target: Path) -> None:
+    """The first episodes of the replay, as many as the published set has."""
+    count = standard_transitions(args.task, "mixed") // EPISODE
+    names = {"seed": "seed", "action": "action", "physics": "physics", "ret": "ret"}
+    arrays = {name: np.load(out / "record" / f"{file}.npy", mmap_mode="r")[:count] for name, file in names.items()}
+    np.savez_compressed(target / "mixed.npz", **arrays)
+    size = (target / "mixed.npz").stat().st_size / 1e6
+    print(f"mixed: {count} episodes, {size:.1f} MB, returns {return_statistics(arrays['ret'])}")
+
+
+def main(args: argparse.Namespace) -> None:
+    if not args.export:
+        return train(args)
+    out, target = args.runs_dir / args.task, POLICIES / args.task
+    target.mkdir(parents=True, exist_ok=True)
+    for name in args.export:
+        export_mixed(args, out, target) if name == "mixed" else export_actor(args, name, out, target)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--task", default="walker-walk")
@@ -220,4 +276,6 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--actor-every", type=int, default=250, help="updates between saved actors")
     parser.add_argument("--runs-dir", type=Path, default=ROOT / "runs" / "sac")
-    train(parser.parse_args())
+    parser.add_argument("--export", nargs="+", choices=["medium", "expert", "mixed"], default=[])
+    parser.add_argument("--candidates", type=int, default=8, help="--export: actors to try, by their training return")
+    main(parser.parse_args())

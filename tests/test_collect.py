@@ -1,0 +1,286 @@
+"""The collector: the same bytes however it is run, the published recipe, honest errors."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import collect
+import numpy as np
+import pytest
+import torch
+from collect import Args, SACPolicy
+from conftest import ENVIRONMENT, ROOT, run_python
+from test_data import digests, load
+
+from common import Dataset, UserError, make_env, return_statistics
+
+SHORT = 20  # steps of an episode in most tests here
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Episodes of 20 steps, a recorded physics state every 5."""
+    monkeypatch.setattr(collect, "EPISODE", SHORT)
+    monkeypatch.setattr(collect, "STATE_EVERY", 5)
+
+
+def make(data_dir, dataset="random", episodes=2, size=16, **flags) -> Path:
+    """Runs the collector in this process and returns the set's folder."""
+    transitions = episodes * collect.EPISODE
+    collect.main(Args(dataset=dataset, size=size, transitions=transitions, data_dir=str(data_dir), **flags))
+    return data_dir / "made" / flags.get("task", "walker-walk") / f"{dataset}-{size}px-{transitions}"
+
+
+# ---- the same bytes ----
+
+
+def test_bytes_do_not_depend_on_workers_or_on_how_many_follow(short, tmp_path):
+    one = make(tmp_path / "one", episodes=5, workers=1)
+    two = make(tmp_path / "two", episodes=5, workers=2)  # the last round has one episode for two workers
+    fewer = make(tmp_path / "fewer", episodes=2, workers=2)
+    assert digests(one) == digests(two)
+    rows = 2 * (SHORT + 1)
+    for name in ("image", "action", "reward"):
+        assert np.array_equal(load(fewer)[name], load(one)[name][:rows])
+    assert len(load(one)["image"]) == 5 * (SHORT + 1)
+    seen = load(one)["action"].reshape(5, SHORT + 1, 6)[:, 1:]
+    assert len(np.unique(seen)) == seen.size  # no two episodes share their actions
+
+
+def test_a_killed_collector_continues_to_the_same_bytes(short, tmp_path):
+    wanted = make(tmp_path / "wanted", episodes=12, workers=2)
+    folder = tmp_path / "killed" / "made" / "walker-walk" / wanted.name
+    script = f"""
+import sys
+sys.path.insert(0, "data")
+import collect
+collect.EPISODE = {SHORT}
+flags = {{"transitions": {12 * SHORT}, "size": 16, "workers": 1, "data_dir": {str(tmp_path / "killed")!r}}}
+collect.main(collect.Args(dataset="random", **flags))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    progress, deadline = folder / "progress.bin", time.monotonic() + 120
+    while not (progress.exists() and progress.stat().st_size >= 8 * 4):  # three episodes
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    kept = progress.stat().st_size // 8 - 1
+    assert 3 <= kept < 12 and not (folder / "meta.json").exists()
+    with pytest.raises(UserError, match="unfinished"):
+        Dataset(folder)
+    result = run_python("-c", script)
+    assert result.returncode == 0, result.stderr
+    assert f"continuing after {kept} episodes" in result.stdout
+    assert digests(folder) == digests(wanted)
+
+
+def test_sizes_hold_the_same_actions_and_rewards(short, tmp_path):
+    small, large = (load(make(tmp_path, size=size)) for size in (64, 84))
+    for name in ("action", "reward", "discount", "episode"):
+        assert small[name].tobytes() == large[name].tobytes()
+    assert small["image"].shape == (42, 3, 64, 64) and large["image"].shape == (42, 3, 84, 84)
+    assert small["reward"].sum() > 0
+    means = [rows["image"].mean((2, 3)) for rows in (small, large)]  # the same scene, at two resolutions
+    assert np.abs(means[0] - means[1]).max() < 5
+
+
+def test_a_finished_set_is_not_made_again(short, tmp_path, monkeypatch, capsys):
+    folder = make(tmp_path)
+    before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
+    monkeypatch.setattr(collect, "EnvPool", None)  # it could not be called
+    first = capsys.readouterr().out
+    assert make(tmp_path) == folder
+    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
+    rows = [[line for line in out.splitlines() if "made" in line][-1] for out in (first, capsys.readouterr().out)]
+    assert rows[0] == rows[1]
+
+
+# ---- what is in a set ----
+
+
+def test_stats_only_gives_the_returns_of_the_rendered_set(tiny_set, tmp_path):
+    args = Args(dataset="random", transitions=1000, data_dir=str(tmp_path), stats_only=True)
+    returns = collect.collect(args, "random", 1000, tmp_path / "nothing")
+    meta = json.loads((tiny_set / "meta.json").read_text())
+    np.testing.assert_allclose(returns, meta["episode_returns"], atol=1e-3)
+    np.testing.assert_allclose(returns, load(tiny_set)["reward"].reshape(2, 501).sum(1), rtol=1e-5)
+    assert list(tmp_path.iterdir()) == []
+    keys = [round(value, 2) for value in (returns.mean(), returns.std(), returns.min(), returns.max())]
+    assert [return_statistics(returns)[key] for key in ("mean", "std", "min", "max")] == keys
+
+
+def test_replaying_the_stored_actions_gives_the_stored_rewards_and_frames(tiny_set):
+    """Row t + 1 holds what action t + 1 led to, in an environment made here."""
+    rows, env = load(tiny_set), make_env("walker-walk", size=84, frame_stack=1)
+    for episode in (0, 1):
+        first = 501 * episode
+        obs, _ = env.reset(int(collect.rng_of("random", 0, episode).integers(2**31)))
+        assert np.array_equal(obs, rows["image"][first])
+        for t in range(first + 1, first + 6):
+            obs, reward, _, _, _ = env.step(rows["action"][t])
+            assert np.array_equal(obs, rows["image"][t]) and np.float32(reward) == rows["reward"][t]
+    env.close()
+
+
+def test_random_cheetah_is_near_the_published_statistics(tmp_path):
+    args = Args(task="cheetah-run", dataset="random", stats_only=True)
+    returns = collect.collect(args, "random", 16 * 500, tmp_path)
+    mean, std, low, *_, high = collect.TABLE_5["cheetah-run", "random"]  # 6.6 +- 2.6, of 200 episodes
+    assert len(returns) == 16
+    assert abs(returns.mean() - mean) < 3 * std / 16**0.5  # three standard errors
+    assert std / 2 < returns.std() < 2 * std
+    assert low / 2 < returns.min() and returns.max() < 1.5 * high
+
+
+# ---- policies ----
+
+
+@pytest.fixture
+def policies(tmp_path, monkeypatch) -> Path:
+    """A folder of tiny actors for walker-walk (24 state entries, 6 joints), in place of the shipped ones."""
+    folder = tmp_path / "policies"
+    (folder / "walker-walk").mkdir(parents=True)
+    for i, name in enumerate(("medium", "expert")):
+        rng = np.random.default_rng(i)
+        arrays = {"scale": np.full(24, 2, np.float32)}
+        for k, (inputs, outputs) in enumerate([(24, 8), (8, 8), (8, 12)]):
+            arrays[f"W{k}"] = rng.normal(0, inputs**-0.5, (inputs, outputs)).astype(np.float32)
+            arrays[f"b{k}"] = rng.normal(0, 0.1, outputs).astype(np.float32)
+        np.savez(folder / "walker-walk" / f"{name}.npz", **arrays)
+    monkeypatch.setattr(collect, "POLICIES", folder)
+    return folder
+
+
+def test_the_actor_in_numpy_is_the_trained_one(tmp_path):
+    from train_sac import SAC
+
+    torch.manual_seed(0)
+    agent = SAC(5, 3, lr=1e-3, tau=0.005)
+    agent.scale.copy_(torch.tensor([1.0, 2, 3, 4, 5]))
+    agent.save_actor(tmp_path / "actor.npz")
+    policy = SACPolicy(tmp_path / "actor.npz")
+    states = np.random.default_rng(0).normal(0, 5, (4, 5)).astype(np.float32)
+    for noise in (np.zeros(3, np.float32), np.array([1, -0.5, 2], np.float32)):
+        rng = types.SimpleNamespace(standard_normal=lambda size, dtype, noise=noise: noise)
+        with torch.no_grad():
+            mean, log_std = agent.actor(torch.from_numpy(states) / agent.scale).chunk(2, -1)
+            std = torch.exp(-5 + 3.5 * (1 + torch.tanh(log_std)))
+            expected = torch.tanh(mean + std * torch.from_numpy(noise))
+        actions = np.stack([policy.act(state, rng) for state in states])
+        np.testing.assert_allclose(actions, expected, atol=1 / 65534 + 1e-6)  # rounded to the grid
+        assert actions.dtype == np.float32 and np.array_equal(actions, np.float32(np.rint(actions * 32767) / 32767))
+
+
+def test_medexp_lists_two_parts(short, policies, tmp_path):
+    folder = make(tmp_path, "medexp", episodes=4)
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["parts"] == ["../medium-16px-40", "../expert-16px-40"]
+    assert [file.name for file in folder.glob("*.npy")] == []  # no frame is stored twice
+    dataset = Dataset(folder)
+    assert [part.path.name for part in dataset.parts] == ["medium-16px-40", "expert-16px-40"]
+    assert (dataset.num_transitions, dataset.num_episodes, dataset.task) == (80, 4, "walker-walk")
+    parts = [load(folder.parent / f"{name}-16px-40") for name in ("medium", "expert")]
+    returns = np.concatenate([rows["reward"].reshape(2, SHORT + 1).sum(1) for rows in parts])
+    assert meta["returns"]["mean"] == pytest.approx(returns.mean(), abs=0.01)
+    assert not np.array_equal(parts[0]["action"], parts[1]["action"])
+    moved = folder.parent.rename(tmp_path / "elsewhere")  # the parts are named relative to the set
+    assert Dataset(moved / folder.name).hash == dataset.hash
+
+
+def test_a_policys_set_holds_its_sampled_actions(short, policies, tmp_path):
+    rows = load(make(tmp_path, "medium", episodes=2, workers=2))
+    policy, env = SACPolicy(policies / "walker-walk" / "medium.npz"), make_env("walker-walk", size=None)
+    for episode in (0, 1):
+        rng = collect.rng_of("medium", 0, episode)
+        _, info = env.reset(rng.integers(2**31))
+        for t in range(episode * (SHORT + 1) + 1, (episode + 1) * (SHORT + 1)):
+            action = policy.act(info["state"], rng)
+            _, reward, _, _, info = env.step(action)
+            assert np.array_equal(action, rows["action"][t]) and np.float32(reward) == rows["reward"][t]
+
+
+@pytest.fixture
+def recorded(policies) -> dict[str, np.ndarray]:
+    """mixed.npz with eight episodes of 20 steps, as train_sac.py records them. Returns its arrays."""
+    env, rng = make_env("walker-walk", size=None), np.random.default_rng(0)
+    arrays = {"seed": np.arange(100, 108), "action": rng.integers(-32767, 32768, (8, SHORT, 6)).astype(np.int16)}
+    physics, rewards = [], []
+    for seed, actions in zip(arrays["seed"], arrays["action"]):
+        env.reset(int(seed))
+        for t, action in enumerate(actions):
+            if t % 5 == 0:
+                physics.append(env.get_state())
+            rewards.append(env.step(action / np.float32(32767))[1])
+    arrays |= {"physics": np.array(physics).reshape(8, 4, -1), "ret": np.array(rewards).reshape(8, SHORT).sum(1)}
+    np.savez(policies / "walker-walk" / "mixed.npz", **arrays)
+    return arrays | {"reward": np.array(rewards).reshape(8, SHORT)}
+
+
+@pytest.mark.parametrize("episodes, chosen", [(8, range(8)), (4, [1, 3, 5, 7]), (2, [2, 6]), (3, [1, 4, 6])])
+def test_mixed_takes_evenly_spaced_episodes_and_replays_them(short, recorded, tmp_path, capsys, episodes, chosen):
+    folder = make(tmp_path, "mixed", episodes=episodes, workers=2)
+    rows, chosen = load(folder), list(chosen)
+    actions = rows["action"].reshape(episodes, SHORT + 1, 6)[:, 1:]
+    assert np.array_equal(actions, recorded["action"][chosen].astype(np.float32) / np.float32(32767))
+    rewards = rows["reward"].reshape(episodes, SHORT + 1)[:, 1:]
+    assert np.array_equal(rewards, recorded["reward"][chosen].astype(np.float32))
+    out = capsys.readouterr().out
+    assert "re-simulated returns as recorded; largest difference 0.0000, above 0.1 in 0 episodes" in out
+
+
+def test_mixed_says_where_it_differs_from_the_record(short, recorded, policies, tmp_path, capsys):
+    changed = {name: recorded[name] for name in ("seed", "action", "physics")} | {"ret": recorded["ret"] + 0.25}
+    np.savez(policies / "walker-walk" / "mixed.npz", **changed)
+    make(tmp_path, "mixed", episodes=3)
+    assert "DIFFER from the record" in (out := capsys.readouterr().out)
+    assert "largest difference 0.2500, above 0.1 in 3 episodes" in out
+
+
+def test_mixed_restores_the_recorded_physics(short, recorded, policies, tmp_path):
+    """A state that differs from where the actions lead is put back every STATE_EVERY steps."""
+    physics = recorded["physics"].copy()
+    physics[:, 2] = recorded["physics"][:, 1]  # before step 10: back to before step 5
+    action = recorded["action"].copy()
+    action[:, 10:15] = action[:, 5:10]
+    np.savez(policies / "walker-walk" / "mixed.npz", **recorded | {"physics": physics, "action": action})
+    rewards = load(make(tmp_path, "mixed", episodes=8))["reward"].reshape(8, SHORT + 1)[:, 1:]
+    assert np.array_equal(rewards[:, 10:15], rewards[:, 5:10])
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize("dataset", ["medium", "mixed", "medexp"])
+def test_a_policy_that_is_not_shipped(policies, tmp_path, dataset):
+    with pytest.raises(UserError, match="no policy is shipped for hopper-hop .*policies for walker-walk.*train_sac.py"):
+        make(tmp_path, dataset, task="hopper-hop")
+
+
+def test_errors_end_the_command_with_one_line(tmp_path):
+    flags = ["--task", "hopper-hop", "--dataset", "medium", "--transitions", 1000, "--data-dir", tmp_path]
+    result = run_python("data/collect.py", *flags)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: --dataset medium: no policy is shipped for hopper-hop")
+    assert len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.glob("**/meta.json"))
+
+
+def test_flags_that_cannot_be(short, recorded, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="--transitions 19: at least one episode of 20"):
+        collect.main(Args(dataset="random", transitions=19, data_dir=str(tmp_path)))
+    with pytest.raises(UserError, match="--transitions: the recorded replay holds 160"):
+        make(tmp_path, "mixed", episodes=9)
+    with pytest.raises(UserError, match="--seed: mixed is one recorded replay"):
+        make(tmp_path, "mixed", seed=1)
+    free = types.SimpleNamespace(free=10_000)
+    monkeypatch.setattr(collect.shutil, "disk_usage", lambda path: free)
+    with pytest.raises(UserError, match="needs 0.00 GB, the disk has 0.00 GB free; give another --data-dir"):
+        make(tmp_path, "random", episodes=3)
+    assert not os.path.exists(tmp_path / "made" / "walker-walk" / "random-16px-60")

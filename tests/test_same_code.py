@@ -1,0 +1,262 @@
+"""One file per algorithm means copies. Same name, same source text: comments too, the number of a DIFF masked.
+
+What differs by design is listed in VARIANTS, so that a new file has to say which version of a name it shares. A
+researcher's own file, whose docstring says `Based on: drq_bc`, has its differences printed and never fails."""
+
+import ast
+import difflib
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import common
+
+ROOT = Path(common.__file__).resolve().parent
+
+# name -> groups of files; the text is equal within a group and differs from group to group
+VARIANTS = {
+    # which networks there are, and which optimiser trains which: the algorithm itself
+    "Agent.__init__": [{"bc"}, {"drq_bc"}],
+    # the loss: BC trains its encoder through it, DrQ+BC gets an embedding without gradient and adds Q
+    "Agent.actor_loss": [{"bc"}, {"drq_bc"}],
+    # the order of one update: BC has one step, DrQ+BC steps critic, actor and target
+    "Agent.update": [{"bc"}, {"drq_bc"}],
+}
+
+BANNERS = ["# ==== Networks ====", "# ==== Agent ====", "# ==== Evaluation ===="]
+
+
+def repository_files() -> dict[str, str]:
+    return {path.stem: path.read_text() for path in sorted((ROOT / "algos").glob("*.py"))}
+
+
+def based_on(text: str) -> str | None:
+    found = re.search(r"Based on: *(\w+)", ast.get_docstring(ast.parse(text)) or "")
+    return found[1] if found else None
+
+
+def own_files() -> list[str]:
+    return [file for file, text in repository_files().items() if based_on(text) is None]
+
+
+def definitions(text: str) -> dict[str, str]:
+    """Functions, classes, and Agent's methods as "Agent.x" -> source, decorators and last comment included."""
+    lines, found = text.splitlines(), {}
+
+    def add(name, node):
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        found[name] = re.sub(r"DIFF \d+", "DIFF n", "\n".join(lines[first - 1 : node.end_lineno]))
+
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ClassDef) and node.name == "Agent":
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef):
+                    add(f"Agent.{method.name}", method)
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in {"Args", "main"}:
+            add(node.name, node)
+    return found
+
+
+def diff(one: str, one_text: str, two: str, two_text: str) -> str:
+    return "\n".join(difflib.unified_diff(one_text.splitlines(), two_text.splitlines(), one, two, lineterm=""))
+
+
+def problems(files: dict[str, str], variants: dict[str, list[set[str]]]) -> list[str]:
+    """files: name -> source text. What breaks "same name, same source text", one text each; empty if nothing does."""
+    sources: dict[str, dict[str, str]] = {}  # definition -> file -> text
+    for file, text in files.items():
+        if based_on(text) is None:
+            for name, source in definitions(text).items():
+                sources.setdefault(name, {})[file] = source
+    found = []
+    for name, by_file in sources.items():
+        groups = variants.get(name, [set(by_file)])
+        silent = by_file.keys() - set().union(*groups)
+        found += [f"{name}: VARIANTS does not say which files {file} shares it with" for file in sorted(silent)]
+        for group in groups:
+            first, *others = sorted(group & by_file.keys()) or [None]
+            changed = [file for file in others if by_file[file] != by_file[first]]
+            found += [f"{name} differs:\n{diff(first, by_file[first], file, by_file[file])}" for file in changed]
+    for name, groups in variants.items():
+        by_file = sources.get(name, {})
+        gone = set().union(*groups) - by_file.keys()
+        found += [f"{name}: stale entry of VARIANTS, {file} has no such name" for file in sorted(gone)]
+        texts = [by_file[min(group & by_file.keys())] for group in groups if group & by_file.keys()]
+        if len(set(texts)) < len(groups):
+            found.append(f"{name}: stale entry of VARIANTS, two of its groups have the same text")
+    return found
+
+
+def test_same_name_same_source_text():
+    files = repository_files()
+    assert {"bc", "drq_bc"} <= files.keys()
+    assert not problems(files, VARIANTS), "\n\n".join(problems(files, VARIANTS))
+
+
+def test_differences_of_files_based_on_another_are_printed():
+    """pytest -s tests/test_same_code.py shows them."""
+    files = repository_files()
+    for file, text in files.items():
+        if (base := based_on(text)) in files:
+            ours, theirs = definitions(text), definitions(files[base])
+            for name in sorted(ours.keys() & theirs.keys()):
+                if ours[name] != theirs[name]:
+                    print(diff(f"{base}.{name}", theirs[name], f"{file}.{name}", ours[name]))
+
+
+# ---- the test itself can fail ----
+
+ONE = '''"""One."""
+class Agent:
+    @decorated(1)
+    def act(self):
+        """Acts."""
+        return 1  # DIFF 3
+
+    def update(self):
+        return "one"
+
+def helper(x):
+    return x  # what it was
+'''
+
+
+def test_equal_sources_pass():
+    assert problems({"one": ONE, "two": ONE}, {}) == []
+    assert problems({"one": ONE, "two": ONE.replace("DIFF 3", "DIFF 12")}, {}) == []  # each file numbers its own
+    assert problems({"one": ONE, "two": '"""Two."""\ndef another(): pass'}, {}) == []
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("helper", ("return x", "return  x")),
+        ("helper", ("# what it was", "# what it is")),  # the last line's comment
+        ("Agent.act", ("Acts.", "Acts!")),
+        ("Agent.act", ("decorated(1)", "decorated(2)")),
+        ("Agent.update", ('"one"', '"two"')),
+    ],
+)
+def test_differing_sources_fail(name, change):
+    (problem,) = problems({"one": ONE, "two": ONE.replace(*change)}, {})
+    assert problem.startswith(f"{name} differs:")
+    assert "-" + " " * (4 if name == "helper" else 8) in problem or "decorated" in problem  # shows the lines
+    listed = {name: [{"one"}, {"two"}]}
+    assert problems({"one": ONE, "two": ONE.replace(*change)}, listed) == []
+
+
+def test_a_new_file_has_to_join_a_group():
+    files = {"one": ONE, "two": ONE.replace('"one"', '"two"'), "three": ONE}
+    variants = {"Agent.update": [{"one"}, {"two"}]}
+    assert problems(files, variants) == ["Agent.update: VARIANTS does not say which files three shares it with"]
+    assert problems(files, {"Agent.update": [{"one", "three"}, {"two"}]}) == []
+    assert len(problems(files, {"Agent.update": [{"one"}, {"two", "three"}]})) == 2  # differ within, equal between
+
+
+@pytest.mark.parametrize(
+    "variants",
+    [
+        {"Agent.act": [{"one"}, {"two"}]},  # it does not differ
+        {"Agent.act": [{"one", "two", "gone"}]},  # no such file
+        {"forgotten": [{"one"}, {"two"}]},  # no such name
+    ],
+)
+def test_stale_variants_fail(variants):
+    assert any("stale" in problem for problem in problems({"one": ONE, "two": ONE}, variants))
+
+
+def test_a_file_based_on_another_never_fails():
+    own = ONE.replace('"""One."""', '"""Mine.\n\nBased on: one\n"""').replace('"one"', '"mine"')
+    assert based_on(own) == "one"
+    assert problems({"one": ONE, "my_idea": own}, {}) == []
+
+
+# ---- what common.py may not hold, and what the files may import ----
+
+
+def forbidden(text: str, algorithms: set[str]) -> list[str]:
+    """Networks, losses, optimisers and branches on the algorithm in a source text, as "line: what"."""
+    found = []
+
+    def words(node):
+        return {getattr(part, "id", getattr(part, "attr", None)) for part in ast.walk(node)} - {None}
+
+    for node in ast.walk(ast.parse(text)):
+        bad = None
+        if isinstance(node, ast.ClassDef) and any(words(base) & {"Module", "Optimizer"} for base in node.bases):
+            bad = f"class {node.name} is a network or an optimiser"
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+            modules = {part for name in names for part in name.split(".")}
+            if modules & {"nn", "optim", "functional"}:
+                bad = "imports networks, losses or optimisers"
+        elif isinstance(node, ast.Attribute) and node.attr in {"nn", "optim", "backward"}:
+            bad = f"uses .{node.attr}"
+        elif isinstance(node, ast.FunctionDef) and node.name.endswith("loss"):
+            bad = f"defines {node.name}"
+        elif isinstance(node, ast.Compare | ast.MatchValue):
+            constants = {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+            if words(node) & {"algo", "stem"} or constants & (algorithms | {"algo"}):
+                bad = "branches on the algorithm"
+        if bad:
+            found.append(f"{node.lineno}: {bad}")
+    return found
+
+
+def test_common_holds_no_network_loss_optimiser_or_branch_on_the_algorithm():
+    assert forbidden((ROOT / "common.py").read_text(), set(repository_files())) == []
+    for _, value in inspect.getmembers(common, inspect.isclass):
+        assert not issubclass(value, torch.nn.Module | torch.optim.Optimizer)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "class Net(nn.Module): pass",
+        "class Net(torch.nn.Module): pass",
+        "from torch import nn",
+        "import torch.nn.functional as F",
+        "x = torch.optim.Adam([])",
+        "loss.backward()",
+        "def td_loss(q): pass",
+        "if algo == 'x': pass",
+        "if run.algo in ('x', 'y'): pass",
+        "if config['algo'] == name: pass",
+        "if name == 'drq_bc': pass",
+    ],
+)
+def test_the_search_of_common_finds(text):
+    assert len(forbidden(text, {"bc", "drq_bc"})) >= 1
+
+
+@pytest.mark.parametrize("file", own_files())
+def test_files_import_common_alone_and_run_nothing(file):
+    text = repository_files()[file]
+    tree, imported = ast.parse(text), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+    assert imported - set(sys.stdlib_module_names) <= {"common", "numpy", "torch"}
+    allowed = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
+    runs = [ast.unparse(node) for node in tree.body[1:] if not isinstance(node, allowed)]
+    assert ast.get_docstring(tree)
+    assert runs == [
+        "sys.path.insert(1, str(Path(__file__).resolve().parents[1]))",
+        "if __name__ == '__main__':\n    main(parse_args(Args, TUNED, QUICK))",
+    ]
+
+
+@pytest.mark.parametrize("file", own_files())
+def test_files_have_the_same_order(file):
+    text = repository_files()[file]
+    marks = ["class Args:", "\nTUNED", "\nQUICK", *BANNERS, "\ndef main(", "\nif __name__"]
+    places = [text.index(mark) for mark in marks]
+    assert places == sorted(places)
+    assert all(text.count(banner) == 1 for banner in BANNERS)
