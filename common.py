@@ -7,8 +7,10 @@
 The algorithm files import this one and nothing else of the project; a folder that holds one of them
 and this file works. Networks, losses, schedules and augmentation are not here: papers describe them."""
 
+import atexit
 import contextlib
 import csv
+import ctypes
 import ctypes.util
 import dataclasses
 import fcntl
@@ -74,7 +76,8 @@ def choose_gl() -> str:
     """The rendering backend: $MUJOCO_GL if set, else cgl on macOS, else EGL, else OSMesa.
 
     Raises UserError that names the Debian packages to install where neither works."""
-    if backend := os.environ.get("MUJOCO_GL", "").lower():
+    backend = os.environ.get("MUJOCO_GL", "").lower()
+    if backend not in ("", "off"):
         return backend
     if sys.platform == "darwin":
         return "cgl"
@@ -107,7 +110,9 @@ class Renderer:
         self.gpu = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_150.value)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self.gpu)
         self.pixels = np.empty((size, size, 3), np.uint8)
-        self.close = weakref.finalize(self, self._free, self.context, self.gpu)  # also when dropped, and at exit
+        self.close = weakref.finalize(self, self._free, self.context, self.gpu)  # also when dropped
+        self.close.atexit = False
+        atexit.register(self.close)  # and at exit, before the hook that mujoco.egl has just registered
 
     def render(self) -> np.ndarray:
         """The current state as a frame (3, S, S) uint8."""
@@ -412,11 +417,15 @@ class Dataset:
 def read_meta(path: Path) -> dict:
     file = Path(path) / "meta.json"
     try:
-        return json.loads(file.read_text())
+        meta = json.loads(file.read_text())
+        needed = {"parts"} if "parts" in meta else {"task", "source", "size", "render", "mujoco", "rows", "sha256"}
+        if missing := needed - set(meta):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return meta
     except FileNotFoundError:
         state = "is an unfinished set (no meta.json)" if Path(path).is_dir() else "does not exist"
         raise UserError(f"{path} {state}; run data/collect.py again (it continues), or give --data-dir") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{file} cannot be read ({error}); make the set again") from None
 
 
@@ -469,7 +478,12 @@ def open_dataset(args, size: int) -> Dataset:
     folder = set_folder(args.data_dir, args.source, args.task, args.dataset, size, args.transitions, args.data_seed)
     if not (folder / "meta.json").exists():
         _make_dataset(args, size, folder)
-    return Dataset(folder)
+    dataset = Dataset(folder)
+    published = standard_transitions(args.task, args.dataset)
+    if args.source == "vd4rl" and dataset.num_transitions < published:
+        print(f"warning: {folder} holds {dataset.num_transitions:,} of {published:,} published transitions; "
+              "its scores do not compare with the published ones")  # fmt: skip
+    return dataset
 
 
 def _make_dataset(args, size: int, folder: Path) -> None:
@@ -487,6 +501,8 @@ def _make_dataset(args, size: int, folder: Path) -> None:
         )
     print(f"{folder} is missing: making it. Interrupt at any time, the same command continues.", flush=True)
     status = subprocess.run([sys.executable, str(collect), *flags]).returncode
+    if status == 1:
+        raise SystemExit(1)  # it has said why
     if status:
         raise UserError(f"data/collect.py ended with status {status} (see above); {folder} is unfinished")
 
@@ -854,12 +870,12 @@ def evaluation_pool(args, facts: dict) -> EnvPool | None:
     if facts["task"] == "own":
         raise UserError(f"{facts['set']} names no task to evaluate on; train on it with --eval-every 0")
     installed = versions().get("mujoco")
-    if facts["source"] == "vd4rl":
+    if facts["source"] == "vd4rl" and facts["task"].startswith(("walker", "cheetah")):
         print(
             "note: the official sets were rendered before MuJoCo 3.2.0, which changed the pixels of walker and cheetah "
             "(mean difference 1.6 and 2.1 of 255): evaluation frames differ that much from the data"
         )
-    elif facts["mujoco"] != installed:
+    elif facts["mujoco"] not in (installed, None):
         print(f"warning: the data was rendered with mujoco {facts['mujoco']}, evaluation renders with {installed}")
     return EnvPool(facts["task"], facts["size"], args.eval_episodes, render=facts["render"])
 
@@ -913,8 +929,8 @@ class Run:
 
     def _check_config(self) -> None:
         file = self.path / "config.json"
-        if not file.exists():
-            return
+        if not (self._checkpoints() or (self.path / "finished.json").exists()):
+            return  # it ended before its first checkpoint: there is nothing that other flags could spoil
         old, new = json.loads(file.read_text()), dataclasses.asdict(self.args)
         changed = {
             name: (old["args"].get(name), value)
@@ -1006,9 +1022,12 @@ class Run:
             break
         for file in self.path.glob("*.csv"):
             with open(file, newline="") as handle:
-                rows = list(csv.reader(handle))
-            kept = [rows[0], *(row for row in rows[1:] if len(row) == len(rows[0]) and int(row[0]) <= step)]
-            write_atomically(file, "".join(",".join(row) + "\n" for row in kept))
+                header, *rows = list(csv.reader(handle)) or [[]]
+            kept = [row for row in rows if len(row) == len(header) and int(row[0]) <= step]
+            if kept:
+                write_atomically(file, "".join(",".join(row) + "\n" for row in [header, *kept]))
+            else:
+                file.unlink()  # its header may be cut, or name the metrics of other flags
         self._open_displays(step)
         self.begun, self.first_step = time.monotonic(), step
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -1120,7 +1139,8 @@ def load_run(args):
     except FileNotFoundError as error:
         raise UserError(f"--evaluate {path}: {Path(error.filename).name} is missing; is the run finished?") from None
     kept = {name: value for name, value in config["args"].items() if hasattr(args, name)}
-    kept |= {name: getattr(args, name) for name in ("device", "precision", "eval_episodes", "evaluate", "eval_every")}
+    kept |= {name: getattr(args, name) for name in ("device", "precision", "eval_episodes", "evaluate")}
+    kept["eval_every"] = None  # 0 would mean: no environment
     return dataclasses.replace(args, **kept), config["dataset"], weights
 
 
@@ -1129,6 +1149,11 @@ def accelerate(agent, name: str, args):
 
     eager: as it stands. compile: the methods in agent.LOSSES under torch.compile. graph: the whole method as one CUDA
     graph (static inputs; outputs are cloned). auto: eager, until the others are measured to be faster and equal."""
+    if args.device == "cpu":
+        with contextlib.suppress(OSError, AttributeError):  # glibc alone: keep freed blocks. Given back to the kernel,
+            libc = ctypes.CDLL("libc.so.6")  # each update would pay their page faults again, a seventh of its time
+            libc.mallopt(-4, 0)  # M_MMAP_MAX
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     if args.accelerate == "compile":
         for loss in agent.LOSSES:
             setattr(agent, loss, torch.compile(getattr(agent, loss), fullgraph=True, dynamic=False))

@@ -187,7 +187,15 @@ def collect(args: Args, name: str, transitions: int, folder: Path) -> np.ndarray
             sizes = f"{missing / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
             raise UserError(f"{folder} needs {sizes}; give another --data-dir or fewer --transitions")
         rollouts(args, name, total, folder)
-    return np.array(read_meta(folder)["episode_returns"])
+    meta = read_meta(folder)
+    if meta["render"] != args.render or meta["recipe"] != recipe_of(args, name, total):
+        raise UserError(f"{folder} was made with another --render or another policy; delete it to make it again")
+    return np.array(meta["episode_returns"])
+
+
+def recipe_of(args: Args, name: str, episodes: int) -> dict:
+    policy = None if name == "random" else zlib.crc32(policy_file(args.task, name).read_bytes())
+    return {"seed": args.seed, "episodes": episodes, "action_repeat": 2, "policy": policy}
 
 
 def rollouts(args: Args, name: str, total: int, folder: Path | None) -> np.ndarray:
@@ -195,15 +203,12 @@ def rollouts(args: Args, name: str, total: int, folder: Path | None) -> np.ndarr
     workers = args.workers or cores()
     pool = EnvPool(args.task, args.size if folder else None, min(total, workers), frame_stack=1, render=args.render)
     source = (Recorded if name == "mixed" else Sampled)(args, name, total, pool)
-    recipe = {"seed": args.seed, "episodes": total, "action_repeat": 2, "policy": None}
-    if name != "random":
-        recipe["policy"] = zlib.crc32(policy_file(args.task, name).read_bytes())
     returns: list[float] = []
     if folder is None:
         for _, _, rewards in episodes_of(source, pool, range(total), args):
             returns.append(rewards.sum())
         return np.array(returns)
-    facts = {"render": args.render, "mujoco": versions()["mujoco"], "recipe": recipe}
+    facts = {"render": args.render, "mujoco": versions()["mujoco"], "recipe": recipe_of(args, name, total)}
     with DatasetWriter(folder, args.size, source.action_dim, args.task, "made", **facts) as writer:
         if writer.episodes and not writer.complete:
             print(f"continuing after {writer.episodes} episodes")
@@ -235,8 +240,9 @@ def episodes_of(source, pool: EnvPool, episodes: range, args: Args):
             frames.append(obs)
             rewards.append(reward)
             bar.update(len(set(batch)))
-        source.finish(batch, np.sum(rewards, 0))
-        for i in range(len(set(batch))):
+        count = len(set(batch))  # without what the last round repeats
+        source.finish(batch[:count], np.sum(rewards, 0)[:count])
+        for i in range(count):
             images = np.stack([obs[i] for obs in frames])
             images = images.transpose(0, 2, 3, 1) if images.ndim == 4 else None
             yield images, np.stack([a[i] for a in actions]), np.array([r[i] for r in rewards])
@@ -255,8 +261,9 @@ def print_statistics(task: str, name: str, returns: np.ndarray) -> None:
 def main(args: Args) -> None:
     args.data_dir = args.data_dir or default_data_dir()
     start = time.time()
-    if args.transitions is not None and args.transitions < EPISODE:
-        raise UserError(f"--transitions {args.transitions}: at least one episode of {EPISODE}")
+    least = EPISODE * (2 if args.dataset == "medexp" else 1)
+    if args.transitions is not None and args.transitions < least:
+        raise UserError(f"--transitions {args.transitions}: at least {least}, one episode of each part")
 
     def folder(name, transitions):
         return set_folder(args.data_dir, "made", args.task, name, args.size, transitions, args.seed)

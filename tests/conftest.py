@@ -26,7 +26,7 @@ def run_python(*words, **kwargs) -> subprocess.CompletedProcess:
 
 @pytest.fixture(autouse=True)
 def users_backend():
-    """An environment without frames sets MUJOCO_GL=off, one with frames the backend it found: undone after each test."""
+    """Environments set MUJOCO_GL (off without frames, else the backend they found); undone after each test."""
     yield
     os.environ.pop("MUJOCO_GL", None)
     os.environ.update({name: value for name, value in ENVIRONMENT.items() if name == "MUJOCO_GL"})

@@ -99,6 +99,7 @@ def test_frames_are_stacked_oldest_first_and_reset_repeats_the_first():
         assert np.array_equal(obs[:3], obs[6:]) and not np.array_equal(obs[6:], frames[-1])
 
 
+@pytest.mark.filterwarnings("ignore:`in1d`:DeprecationWarning")  # in dm_control
 def test_quadruped_is_seen_by_its_third_camera():
     with environment("quadruped-walk", size=16) as env:
         assert env.renderer.camera.fixedcamid == 2

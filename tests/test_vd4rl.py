@@ -116,7 +116,8 @@ def test_import_npz(tmp_path, capsys):
     np.testing.assert_allclose(meta["episode_returns"], returns, atol=2e-3)
     printed = capsys.readouterr().out
     assert "3 episodes, 21 transitions" in printed
-    assert f"imported{np.mean(returns):8.1f}{np.std(returns):8.1f}{min(returns):8.1f}" in printed
+    numbers = [float(word) for word in re.search(r"imported(.*)", printed)[1].split()]
+    np.testing.assert_allclose(numbers[:3], [np.mean(returns), np.std(returns), min(returns)], atol=0.06)
     assert "   191.2   144.6     2.5    48.3   191.9   303.4   473.8" in printed  # V-D4RL Table 5
     assert list(vd4rl.findings(made)) == []
 
@@ -247,7 +248,8 @@ def test_a_missing_shard_is_left_over_rows(tmp_path, missing, message):
 
 
 def test_rows_lost_inside_a_shard_stop(tmp_path):
-    arrays = {key: np.delete(array, [5, 6], 0) for key, array in flat([official_episode(5), official_episode(5)]).items()}
+    whole = flat([official_episode(5), official_episode(5)])
+    arrays = {key: np.delete(array, [5, 6], 0) for key, array in whole.items()}
     files = write_hdf5(official_folder(tmp_path), arrays)  # 0 1 1 1 1 | 1 1 1 1 2: one end and one beginning are gone
     arrays["step_type"][4] = 0
     with pytest.raises(UserError, match="no end"):
@@ -310,7 +312,8 @@ def test_import_says_whether_84_px_seem_enlarged(tmp_path, capsys, rendered, nat
     write_hdf5(folder, flat([official_episode(2, size=84) | {"image": np.stack([frame] * 3)}]))
     do_import(folder, tmp_path, "walker-walk/random-84px")
     printed = capsys.readouterr().out
-    assert ("ENLARGED" in printed, "not enlarged that way; other ways are not checked" in printed) == (not native, native)
+    assert ("ENLARGED" in printed) is not native
+    assert ("not enlarged that way; other ways are not checked" in printed) is native
 
 
 # ---- quirk 4: old files, other keys ----
@@ -397,15 +400,15 @@ def test_no_stop_at_a_million_rows(tmp_path, capsys):
 
 
 def test_a_set_is_never_held_in_memory(tmp_path):
-    episodes = [official_episode(20, seed, size=84) for seed in range(24)]  # 10.7 MB of frames
+    episodes = [official_episode(20, seed, size=80) for seed in range(30)]  # 12 MB of frames
     folder = official_folder(tmp_path)
     write_hdf5(folder, flat(episodes), [101, 300])
     tracemalloc.start()
-    do_import(folder, tmp_path, "walker-walk/random-84px")
+    do_import(folder, tmp_path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     one = episodes[0]["image"].nbytes
-    assert peak < 10 * one < sum(e["image"].nbytes for e in episodes) / 2
+    assert peak < 10 * one < 30 * one / 2
 
 
 # ---- quirk 6: the number in a file's name ----
@@ -456,7 +459,7 @@ def test_a_discount_that_no_set_can_hold_stops(tmp_path, row, value):
 # ---- values ----
 
 
-@pytest.mark.parametrize(("key", "value"), [("action", 1.5), ("action", np.nan), ("action", -np.inf), ("reward", np.nan)])
+@pytest.mark.parametrize(("key", "value"), [("action", 1.5), ("action", np.nan), ("reward", np.nan)])
 @pytest.mark.parametrize("kind", ["npz", "hdf5"])
 def test_bad_values_are_named_with_file_and_row(tmp_path, kind, key, value):
     episodes = [official_episode(4, 1), official_episode(4, 2)]
@@ -482,9 +485,12 @@ def test_constant_frames_are_imported_and_named(tmp_path, capsys):
     assert list(vd4rl.findings(made)) == [f"{made}: frame of one value: row 7"]
 
 
-def test_departure_rows_are_named(tmp_path, capsys):
+@pytest.mark.parametrize("departure", [True, False])
+def test_departure_rows_and_what_a_first_row_holds_are_named(tmp_path, capsys, departure):
     episode = official_episode(4)
-    episode["action"], episode["reward"] = np.roll(episode["action"], -1, 0), np.roll(episode["reward"], -1)
+    episode["reward"][0] = np.nan  # what some writers leave where nothing was earned yet
+    if departure:
+        episode["action"], episode["reward"] = np.roll(episode["action"], -1, 0), np.arange(5) / 5 + 0.1
     folder = official_folder(tmp_path)
     write_npz(folder, [episode])
     made = do_import(folder, tmp_path)
@@ -531,8 +537,8 @@ def test_counts_beside_the_published_ones(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("task", "theirs", "published"), [
-    ("walker_walk", "medium_replay", 200), ("cheetah_run", "medium_replay", 400), ("humanoid_walk", "medium_replay", 1200),
-    ("humanoid_walk", "medium_expert", 400), ("cheetah_run", "expert", 200),
+    ("walker_walk", "medium_replay", 200), ("cheetah_run", "medium_replay", 400), ("cheetah_run", "expert", 200),
+    ("humanoid_walk", "medium_replay", 1200), ("humanoid_walk", "medium_expert", 400),
 ])  # fmt: skip
 def test_published_counts(tmp_path, capsys, task, theirs, published):
     folder = official_folder(tmp_path, f"main/{task}/{theirs}/64px")
@@ -698,9 +704,10 @@ def test_check_finds_a_flipped_bit(healthy, name):
 @pytest.mark.parametrize("name", ARRAYS)
 def test_check_finds_a_truncated_and_a_missing_file(healthy, name):
     file = healthy / f"{name}.npy"
-    file.write_bytes(file.read_bytes()[:-3])
-    [line] = set(vd4rl.findings(healthy))
-    assert line.startswith(f"{file}: missing, truncated")
+    for content in (file.read_bytes()[:-3], b""):
+        file.write_bytes(content)
+        [line] = set(vd4rl.findings(healthy))
+        assert line.startswith(f"{file}: missing, truncated")
     file.unlink()
     [line] = set(vd4rl.findings(healthy))
     assert line.startswith(f"{file}: missing, truncated")
@@ -742,7 +749,7 @@ def test_a_last_discount_of_zero_is_no_finding(tmp_path):
     ("transitions", 14, "14 transitions are not its rows less its episodes"),
     ("rows", 15, "14 rows"), ("episodes", 3, "2 rows"), ("size", 9, "size 9"),
     ("episode_returns", [1.0, 2.0], "episode_returns are not the sums of reward.npy"),
-    ("returns", {name: 0.0 for name in ("mean", "std", "min", "p25", "median", "p75", "max")}, "not those of the arrays"),
+    ("returns", common.return_statistics(np.zeros(2)), "returns are not those of the arrays"),
 ])  # fmt: skip
 def test_check_finds_wrong_counts(healthy, key, value, finding):
     meta = common.read_meta(healthy) | {key: value}
@@ -776,8 +783,15 @@ def test_check_of_a_set_with_parts(tmp_path, capsys):
         vd4rl.check(path)
     assert capsys.readouterr().out == f"{tmp_path}/expert: frame of one value: row 2\n"
     change(tmp_path / "medium", "reward", 3, 1.75, rehash=False)
-    with pytest.raises(UserError, match="4 findings"):  # hash, episode and set returns of the part; returns of the whole
+    with pytest.raises(UserError, match="5 findings"):
         vd4rl.check(path)
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}/medium/reward.npy: another sha256 than in meta.json; it changed after it was written",
+        f"{tmp_path}/medium/meta.json: episode_returns are not the sums of reward.npy",
+        f"{tmp_path}/medium/meta.json: returns are not those of the arrays",
+        f"{tmp_path}/expert: frame of one value: row 2",
+        f"{path}/meta.json: returns are not those of the arrays",
+    ]
     (tmp_path / "medium" / "meta.json").unlink()
     assert [line for line in vd4rl.findings(path) if f"{tmp_path}/medium is an unfinished set" in line]
 
