@@ -929,7 +929,8 @@ class Run:
 
     def _check_config(self) -> None:
         file = self.path / "config.json"
-        if not (self._checkpoints() or (self.path / "finished.json").exists()):
+        begun = self._checkpoints() or (self.path / "finished.json").exists()
+        if not file.exists() or not begun:
             return  # it ended before its first checkpoint: there is nothing that other flags could spoil
         old, new = json.loads(file.read_text()), dataclasses.asdict(self.args)
         changed = {

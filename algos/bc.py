@@ -104,6 +104,14 @@ class Encoder(nn.Module):
         return obs.flatten(1)
 
 
+class LastLayer(nn.Linear):
+    """Linear, in float32 also under autocast: bf16 would round an action to 0.004 and a value of 100 to 0.5."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
 class Actor(nn.Module):
     """Embedding to mean action. embed (B, E)  ->  (B, A) in (-1, 1)."""
 
@@ -113,11 +121,11 @@ class Actor(nn.Module):
         self.policy = nn.Sequential(
             nn.Linear(feature_dim, hidden_dim), nn.ReLU(),
             nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
-            nn.Linear(hidden_dim, action_dim), nn.Tanh(),
+            LastLayer(hidden_dim, action_dim), nn.Tanh(),
         )  # fmt: skip
 
     def forward(self, embed: Tensor) -> Tensor:
-        return self.policy(self.trunk(embed)).float()
+        return self.policy(self.trunk(embed))
 
 
 # ==== Agent ====

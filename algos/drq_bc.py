@@ -111,6 +111,14 @@ class Encoder(nn.Module):
         return obs.flatten(1)
 
 
+class LastLayer(nn.Linear):
+    """Linear, in float32 also under autocast: bf16 would round an action to 0.004 and a value of 100 to 0.5."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
 class Actor(nn.Module):
     """Embedding to mean action. embed (B, E)  ->  (B, A) in (-1, 1)."""
 
@@ -120,11 +128,11 @@ class Actor(nn.Module):
         self.policy = nn.Sequential(
             nn.Linear(feature_dim, hidden_dim), nn.ReLU(),
             nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
-            nn.Linear(hidden_dim, action_dim), nn.Tanh(),
+            LastLayer(hidden_dim, action_dim), nn.Tanh(),
         )  # fmt: skip
 
     def forward(self, embed: Tensor) -> Tensor:
-        return self.policy(self.trunk(embed)).float()
+        return self.policy(self.trunk(embed))
 
 
 class Critic(nn.Module):
@@ -137,14 +145,14 @@ class Critic(nn.Module):
             nn.Sequential(
                 nn.Linear(feature_dim + action_dim, hidden_dim), nn.ReLU(),
                 nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
-                nn.Linear(hidden_dim, 1),
+                LastLayer(hidden_dim, 1),
             )
             for _ in range(2)
         )  # fmt: skip
 
     def forward(self, embed: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         pair = torch.cat([self.trunk(embed), action], -1)
-        return self.q1(pair).float(), self.q2(pair).float()
+        return self.q1(pair), self.q2(pair)
 
 
 # ==== Agent ====

@@ -189,12 +189,13 @@ def test_evaluate_scores_a_finished_run_and_writes_a_video(evaluated, tmp_path):
     run, _ = evaluated
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "evaluation.mp4").unlink()
-    result = run_python(
-        ROOT / "algos" / "drq_bc.py", "--evaluate", "run", "--eval-episodes", 2, cwd=tmp_path, env=CHILD
-    )
+    flags = ["--eval-episodes", 1, "--eval-every", 0]  # the latter is for training: this command evaluates
+    result = run_python(ROOT / "algos" / "drq_bc.py", "--evaluate", "run", *flags, cwd=tmp_path, env=CHILD)
     assert result.returncode == 0, result.stderr
-    score = re.search(r"score (\S+), returns", result.stdout)[1]
-    assert float(score) == pytest.approx(json.loads((run / "finished.json").read_text())["score_last"], abs=0.011)
+    score, returned = map(float, re.search(r"score (\S+), returns \[(\S+)\]", result.stdout).groups())
+    expected = float(column(run / "eval.csv", "return_0")[-1])  # the same weights on the same episode
+    assert returned == pytest.approx(expected, abs=0.051)
+    assert score == pytest.approx(expected / 10, abs=0.0051)
     import imageio.v2 as imageio
 
     with imageio.get_reader(tmp_path / "run" / "evaluation.mp4") as video:
@@ -264,8 +265,8 @@ def wait_for_row(process: subprocess.Popen, run: Path, row: int) -> None:
 
 @pytest.mark.parametrize("algo", [pytest.param("bc", marks=pytest.mark.slow), "drq_bc"])
 def test_a_run_killed_at_any_moment_continues_bit_by_bit(algo, own_set, tmp_path, train):
-    steps, run = 300, tmp_path / "killed" / algo / "own" / "robot" / "seed0"
-    for low, high in ((5, 120), (150, 280)):
+    steps, run = 400, tmp_path / "killed" / algo / "own" / "robot" / "seed0"
+    for low, high in ((5, 100), (130, 230)):  # far from the end: on a busy machine the kill may come late
         row = random.SystemRandom().randint(low, high)
         process = start(algo, own_set, tmp_path / "killed", steps)
         wait_for_row(process, run, row)
@@ -283,6 +284,8 @@ def test_a_run_killed_at_any_moment_continues_bit_by_bit(algo, own_set, tmp_path
     assert metrics_of(run) == metrics_of(train.folder(algo))
     assert equal_weights(run, train.folder(algo))
     assert checkpoints(run) == []
+    wall = [float(seconds) for seconds in column(run / "train.csv", "wall_s")]
+    assert wall == sorted(wall)  # counted over all three processes
 
 
 @pytest.mark.parametrize("algo", ["bc", pytest.param("drq_bc", marks=pytest.mark.slow)])
@@ -291,7 +294,7 @@ def test_sigterm_leaves_a_checkpoint_of_that_very_step(algo, own_set, tmp_path, 
     process = start(algo, own_set, tmp_path / "stopped", steps)
     wait_for_row(process, run, 101)
     process.terminate()
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=120)[0]
     assert process.returncode == 128 + signal.SIGTERM, output
     stopped = int(re.search(r"stopped at step (\d+) with a checkpoint", output)[1])
     assert 100 < stopped < steps
