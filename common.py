@@ -1139,6 +1139,8 @@ def load_run(args):
         weights = torch.load(path / "weights.pt", map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"--evaluate {path}: {Path(error.filename).name} is missing; is the run finished?") from None
+    if config["algo"] != (ours := Path(sys.modules["__main__"].__file__).stem):
+        raise UserError(f"--evaluate {path} is a run of {config['algo']}; this is {ours}.py")
     kept = {name: value for name, value in config["args"].items() if hasattr(args, name)}
     kept |= {name: getattr(args, name) for name in ("device", "precision", "eval_episodes", "evaluate")}
     kept["eval_every"] = None  # 0 would mean: no environment
