@@ -993,7 +993,7 @@ class Run:
                 self.tensorboard.add_scalar(name if "/" in name else f"{part}/{name}", value, step)
         if part == "eval":
             self.bar.write(f"step {step}: score {row['score']:.1f}")
-        elif "critic/loss" in row or "actor/loss" in row:
+        else:
             self.bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k.endswith("loss")}, refresh=False)
         self.last_logged = step if part == "train" else self.last_logged
 
@@ -1139,8 +1139,9 @@ def load_run(args):
         weights = torch.load(path / "weights.pt", map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"--evaluate {path}: {Path(error.filename).name} is missing; is the run finished?") from None
-    if config["algo"] != (ours := Path(sys.modules["__main__"].__file__).stem):
-        raise UserError(f"--evaluate {path} is a run of {config['algo']}; this is {ours}.py")
+    script = Path(sys.modules["__main__"].__file__).name
+    if not (path / script).exists():  # the copy that every run keeps
+        raise UserError(f"--evaluate {path} is a run of {config['algo']}.py, not of {script}")
     kept = {name: value for name, value in config["args"].items() if hasattr(args, name)}
     kept |= {name: getattr(args, name) for name in ("device", "precision", "eval_episodes", "evaluate")}
     kept["eval_every"] = None  # 0 would mean: no environment

@@ -228,7 +228,8 @@ def episodes_of(source, pool: EnvPool, episodes: range, args: Args):
     """Yields frames (T+1, S, S, 3), actions (T, A), rewards (T,) of each episode, in order."""
     from tqdm import tqdm
 
-    bar = tqdm(total=len(episodes) * EPISODE, unit="step", unit_scale=True, dynamic_ncols=True)
+    every = 0.5 if sys.stderr.isatty() else 30  # seconds between lines
+    bar = tqdm(total=len(episodes) * EPISODE, unit="step", unit_scale=True, dynamic_ncols=True, mininterval=every)
     for first in range(episodes.start, episodes.stop, pool.count):
         batch = list(range(first, min(first + pool.count, episodes.stop)))
         batch += [batch[-1]] * (pool.count - len(batch))  # the last round repeats an episode and drops it
