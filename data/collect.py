@@ -203,25 +203,24 @@ def rollouts(args: Args, name: str, total: int, folder: Path | None) -> np.ndarr
     workers = args.workers or cores()
     pool = EnvPool(args.task, args.size if folder else None, min(total, workers), frame_stack=1, render=args.render)
     source = (Recorded if name == "mixed" else Sampled)(args, name, total, pool)
-    returns: list[float] = []
     if folder is None:
-        for _, _, rewards in episodes_of(source, pool, range(total), args):
-            returns.append(rewards.sum())
-        return np.array(returns)
-    facts = {"render": args.render, "mujoco": versions()["mujoco"], "recipe": recipe_of(args, name, total)}
-    with DatasetWriter(folder, args.size, source.action_dim, args.task, "made", **facts) as writer:
-        if writer.episodes and not writer.complete:
-            print(f"continuing after {writer.episodes} episodes")
-        if not writer.complete:
-            for frames, actions, rewards in episodes_of(source, pool, range(writer.episodes, total), args):
-                writer.add(frames, actions, rewards)
+        returns = np.array([rewards.sum() for _, _, rewards in episodes_of(source, pool, range(total), args)])
+    else:
+        facts = {"render": args.render, "mujoco": versions()["mujoco"], "recipe": recipe_of(args, name, total)}
+        with DatasetWriter(folder, args.size, source.action_dim, args.task, "made", **facts) as writer:
+            if not writer.complete:
+                if writer.episodes:
+                    print(f"continuing after {writer.episodes} episodes")
+                for frames, actions, rewards in episodes_of(source, pool, range(writer.episodes, total), args):
+                    writer.add(frames, actions, rewards)
+        returns = np.array(read_meta(folder)["episode_returns"])
     if isinstance(source, Recorded):
         note = "as recorded" if source.wrong == 0 else "DIFFER from the record: other processors round differently"
         print(
-            f"re-simulated returns {note}; largest difference {source.worst:.4f}, above 0.1 in {source.wrong} episodes"
+            f"re-simulated returns {note}: at most by {source.worst:.4f}, by more than 0.1 in {source.wrong} episodes"
         )
     pool.close()
-    return np.array(read_meta(folder)["episode_returns"])
+    return returns
 
 
 def episodes_of(source, pool: EnvPool, episodes: range, args: Args):
