@@ -81,7 +81,7 @@ class Args:
 
 
 TUNED: dict = {}  # the paper gives DrQ+BC one setting for all rows
-QUICK = {"transitions": 20_000, "batch_size": 128, "lr": 3e-4, "steps": 2_500, "eval_every": 500}
+QUICK = {"transitions": 20_000, "batch_size": 128, "lr": 3e-4, "steps": 2_000, "eval_every": 500}
 
 
 # ==== Networks ====
