@@ -7,6 +7,7 @@
 The algorithm files import this one and nothing else of the project; a folder that holds one of them
 and this file works. Networks, losses, schedules and augmentation are not here: papers describe them."""
 
+import ast
 import atexit
 import contextlib
 import csv
@@ -222,7 +223,7 @@ def make_env(task: str, size: int | None = 84, frame_stack: int = 3, seed: int =
 
 def _worker(connection, gl: str, kwargs: dict, count: int) -> None:
     """Serves `count` environments until the parent closes the pipe (or dies, which closes it too)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    os.setsid()  # Ctrl-C and signals to the group are the parent's to handle
     os.environ["MUJOCO_GL"] = gl
     envs = []
     with contextlib.suppress(EOFError, ConnectionError):
@@ -243,8 +244,8 @@ def _worker(connection, gl: str, kwargs: dict, count: int) -> None:
 class EnvPool:
     """`count` environments spread over worker processes, stepped together.
 
-    Make it before CUDA starts. Workers are forked from a server that imported this file and dm_control once;
-    they import neither the calling script nor touch CUDA, render with LP_NUM_THREADS=0 (one thread each: two
+    Workers are forked from a freshly executed server that imported this file and dm_control once; they neither
+    import the calling script nor touch CUDA, render with LP_NUM_THREADS=0 (one thread each: two
     workers then scale by 2.0) and end with their parent, however it ends. An exception in a worker is raised
     here with its traceback. `done` (count,) bool marks finished episodes; those get reward 0 and keep their obs."""
 
@@ -257,7 +258,7 @@ class EnvPool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["common", "mujoco", "dm_control.suite"])
         self.pipes, self.processes = [], []
-        here = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+        here = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
         # MUJOCO_GL=off: the server must import dm_control without starting GL, each worker starts its own.
         with _environment(PYTHONPATH=here, MUJOCO_GL="off", LP_NUM_THREADS="0", OMP_NUM_THREADS="1"), _no_main():
             for share in shares:
@@ -374,7 +375,8 @@ class Part:
         """Actions in [-1, 1], rewards finite, discounts in [0, 1]; raises UserError that names the first bad row."""
         bad = {
             "action": ~(np.abs(self.action) <= 1 + 1e-6).all(1),
-            "reward": ~np.isfinite(self.reward),
+            "reward": ~np.isfinite(self.reward)
+            | (self.meta["source"] != "own") & ~((self.reward >= 0) & (self.reward <= 2)),
             "discount": ~((self.discount >= 0) & (self.discount <= 1)),
         }
         for name, rows in bad.items():
@@ -418,7 +420,11 @@ def read_meta(path: Path) -> dict:
     file = Path(path) / "meta.json"
     try:
         meta = json.loads(file.read_text())
-        needed = {"parts"} if "parts" in meta else {"task", "source", "size", "render", "mujoco", "rows", "sha256"}
+        needed = (
+            {"parts"}
+            if "parts" in meta
+            else {"task", "source", "size", "render", "mujoco", "rows", "episodes", "transitions", "sha256"}
+        )
         if missing := needed - set(meta):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return meta
@@ -475,7 +481,8 @@ def open_dataset(args, size: int) -> Dataset:
             print(f"--task: {dataset.path} was recorded on {dataset.task}, which is used")
             args.task = dataset.task
         return dataset
-    folder = set_folder(args.data_dir, args.source, args.task, args.dataset, size, args.transitions, args.data_seed)
+    transitions = args.transitions if args.source == "made" else None  # official sets are whole
+    folder = set_folder(args.data_dir, args.source, args.task, args.dataset, size, transitions, args.data_seed)
     if not (folder / "meta.json").exists():
         _make_dataset(args, size, folder)
     dataset = Dataset(folder)
@@ -511,7 +518,7 @@ class DatasetWriter:
     """Writes a set, one whole episode at a time; an interrupted writer continues with its next episode.
 
         with DatasetWriter("datasets/own/robot", size=84, action_dim=7) as writer:
-            for episode in episodes:
+            for episode in episodes[writer.episodes :]:  # 0 at first; later, what an interrupted run still lacks
                 writer.add(frames, actions, rewards, terminal=False)
 
     The set counts once the `with` block ends without an exception. `writer.episodes` says how many episodes an
@@ -653,7 +660,7 @@ def lock_file(path: Path, wait: str | None = None):
     file = open(path, "a+")  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "unknown"
         if wait is None:
@@ -766,7 +773,7 @@ class TransitionBuffer:
         """rows (B, F) of image rows -> stacked frames (B, 3 F, S, S) uint8: a view of the gathered rows."""
         flat = rows.flatten()
         out = torch.empty((len(flat), *self.images[0].shape[1:]), dtype=torch.uint8, device=self.images[0].device)
-        cuts = (
+        cuts = (  # flat need not be sorted: its rows of each part stand together, in the order of the parts
             torch.searchsorted(flat, torch.tensor(self.bounds, device=flat.device)).tolist()
             if len(self.images) > 1
             else [0, len(flat)]
@@ -818,7 +825,8 @@ def has_bf16(device: str) -> bool:
 
 def parse_args(args_class, tuned: dict, quick: dict):
     """The command line as an `args_class`. Defaults: the class, then the most exact entry of `tuned` for
-    (task, dataset), then `quick` under --quick; what the user typed wins. Resolves --device and --precision auto.
+    (task, dataset), then `quick` under --quick; what the user typed wins. Resolves --device, --precision and
+    --accelerate auto.
 
     From here on a UserError ends the process with its one line and status 1."""
     import tyro
@@ -836,6 +844,13 @@ def parse_args(args_class, tuned: dict, quick: dict):
     args.data_dir, args.runs_dir = (args.data_dir or default_data_dir(), args.runs_dir or str(HERE / "runs"))
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError(f"--device {args.device}: there is no CUDA device here; --device cpu")
+        torch.cuda.set_device(args.device if ":" in args.device else 0)
+        torch.backends.cudnn.benchmark = True  # the shapes never change
+    if args.accelerate == "auto":
+        args.accelerate = "eager"  # until compile and graph are measured to be faster and equal
     if args.precision == "auto":
         args.precision = "bf16" if has_bf16(args.device) else "fp32"
     return args
@@ -861,7 +876,7 @@ def one_line_errors(kind, error, trace) -> None:
         sys.__excepthook__(kind, error, trace)
 
 
-def evaluation_pool(args, facts: dict) -> EnvPool | None:
+def evaluation_pool(args, facts: dict, frame_stack: int = 3) -> EnvPool | None:
     """The environments to evaluate in, rendered as the data was; None where --eval-every is 0.
 
     facts: Dataset.facts(). Warns where the data was rendered by another mujoco than the one installed."""
@@ -877,7 +892,12 @@ def evaluation_pool(args, facts: dict) -> EnvPool | None:
         )
     elif facts["mujoco"] not in (installed, None):
         print(f"warning: the data was rendered with mujoco {facts['mujoco']}, evaluation renders with {installed}")
-    return EnvPool(facts["task"], facts["size"], args.eval_episodes, render=facts["render"])
+    pool = EnvPool(facts["task"], facts["size"], args.eval_episodes, frame_stack, facts["render"])
+    action_dim = pool.call("action_size", [()] * pool.count)[0]  # makes them now: mistakes show before training
+    if action_dim != facts["action_dim"]:
+        dims = f"{facts['set']} has {facts['action_dim']} action dimensions, {facts['task']} {action_dim}"
+        raise UserError(f"{dims}; --eval-every 0 trains without the environment")
+    return pool
 
 
 def start_run(args, dataset: Dataset) -> "Run":
@@ -904,7 +924,7 @@ class Run:
                 for entry in path.iterdir():
                     if entry.name != ".lock":
                         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        self._check_config()
+        self._check_config(script)
         if (path / "finished.json").exists():
             summary = json.loads((path / "finished.json").read_text())
             if args.steps > summary["steps"]:
@@ -927,11 +947,15 @@ class Run:
         self.stop_signal, self.last_logged, self.last_saved, self.wall = (0, -1, time.monotonic(), 0.0)
         self.bar = None
 
-    def _check_config(self) -> None:
+    def _check_config(self, script: Path) -> None:
         file = self.path / "config.json"
         begun = self._checkpoints() or (self.path / "finished.json").exists()
         if not file.exists() or not begun:
             return  # it ended before its first checkpoint: there is nothing that other flags could spoil
+        copy = self.path / script.name
+        if copy.exists() and ast.dump(ast.parse(copy.read_text())) != ast.dump(ast.parse(script.read_text())):
+            raise UserError(f"{script.name} has changed since {self.path} began (diff it with the copy there). "
+                            "Give the new one a --tag, or --overwrite")  # fmt: skip
         old, new = json.loads(file.read_text()), dataclasses.asdict(self.args)
         changed = {
             name: (old["args"].get(name), value)
@@ -955,7 +979,7 @@ class Run:
     def log_due(self, step: int) -> bool:
         """Also moves the progress bar: call it once a step."""
         self._tick(step)
-        return step % self.args.log_every == 0 or self.eval_due(step) or bool(self.stop_signal)
+        return step % self.args.log_every == 0 or self.eval_due(step) or self._late() or bool(self.stop_signal)
 
     def eval_due(self, step: int) -> bool:
         """20 times a run, and at its end. Where --eval-every is 0 these are checkpoints alone."""
@@ -964,8 +988,10 @@ class Run:
 
     def checkpoint_due(self, step: int) -> bool:
         """At every evaluation, every 5 minutes, and when asked to stop; only right after metrics were seen finite."""
-        late = time.monotonic() - self.last_saved > CHECKPOINT_SECONDS
-        return self.last_logged == step and (self.eval_due(step) or late or bool(self.stop_signal))
+        return self.last_logged == step and (self.eval_due(step) or self._late() or bool(self.stop_signal))
+
+    def _late(self) -> bool:
+        return time.monotonic() - self.last_saved > CHECKPOINT_SECONDS
 
     def log(self, part: str, step: int, metrics: dict[str, Any]) -> None:
         """Appends a row to <part>.csv and TensorBoard. A list spreads over numbered columns.
@@ -983,6 +1009,12 @@ class Run:
         with _plain_errors(self.path):
             file = self.path / f"{part}.csv"
             new = not file.exists()
+            if not new:
+                with open(file, newline="") as handle:
+                    if next(csv.reader(handle)) != list(row):
+                        raise UserError(
+                            f"{file} has other columns: log the same metrics every time, or --tag a new run"
+                        )
             with open(file, "a", newline="") as handle:
                 writer = csv.DictWriter(handle, row)
                 if new:
@@ -1086,7 +1118,7 @@ class Run:
     def _on_signal(self, number: int, _) -> None:
         self.stop_signal = number
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
-        print("\nstopping after this update, with a checkpoint (once more: at once)", flush=True)
+        os.write(2, b"\nstopping after this update, with a checkpoint (once more: at once)\n")  # print may be mid-line
 
     # ---- what people see ----
 
@@ -1098,15 +1130,7 @@ class Run:
             self.tensorboard = SummaryWriter(self.path / "tensorboard", purge_step=step + 1)
         except ImportError:
             print("note: tensorboard is not installed; metrics go to CSV alone")
-        try:
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=self.args.steps, initial=step, unit="update", dynamic_ncols=True,
-                            mininterval=1 if sys.stderr.isatty() else 30)  # fmt: skip
-        except ImportError:
-            print("note: tqdm is not installed; no progress bar")
-            self.bar = types.SimpleNamespace(update=lambda n: None, write=print, close=lambda: None,
-                                             set_postfix=lambda *_, **__: None)  # fmt: skip
+        self.bar = progress_bar(self.args.steps, step, "update")
 
     def _tick(self, step: int) -> None:
         self.bar.update(1)
@@ -1118,6 +1142,20 @@ class Run:
                                "--quick shows learning in about 10 minutes")  # fmt: skip
 
 
+def progress_bar(total: int | None, initial: int, unit: str):
+    """tqdm, a line every 30 s where nobody watches; where it is not installed a stand-in that says so."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        print("note: tqdm is not installed; no progress bar")
+        nothing = dict.fromkeys(("update", "close", "set_postfix"), lambda *_, **__: None)
+        return types.SimpleNamespace(write=print, **nothing)
+    every = 1 if sys.stderr.isatty() else 30
+    return tqdm(
+        total=total, initial=initial, unit=unit, unit_scale=total > 10**5, dynamic_ncols=True, mininterval=every
+    )
+
+
 def save_video(path: Path, frames: list[np.ndarray]) -> None:
     """frames: T arrays (3, S, S) uint8, played at 20 per second, 4 times enlarged. Says so where it cannot write."""
     try:
@@ -1127,7 +1165,7 @@ def save_video(path: Path, frames: list[np.ndarray]) -> None:
             for frame in frames:
                 video.append_data(frame.transpose(1, 2, 0).repeat(4, 0).repeat(4, 1))
         print(f"video: {path}")
-    except (ImportError, OSError) as error:
+    except Exception as error:  # imageio raises ValueError or RuntimeError where its ffmpeg is missing
         print(f"note: {path.name} was not written ({error})")
 
 
@@ -1148,16 +1186,21 @@ def load_run(args):
     return dataclasses.replace(args, **kept), config["dataset"], weights
 
 
+def keep_freed_memory() -> None:
+    """glibc returns large freed blocks to the kernel, and every update pays for their page faults again."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def accelerate(agent, name: str, args):
     """The method `name` of `agent` in the form that --accelerate asks for; all compute the same.
 
     eager: as it stands. compile: the methods in agent.LOSSES under torch.compile. graph: the whole method as one CUDA
-    graph (static inputs; outputs are cloned). auto: eager, until the others are measured to be faster and equal."""
+    graph (static inputs; outputs are cloned)."""
     if args.device == "cpu":
-        with contextlib.suppress(OSError, AttributeError):  # glibc alone: keep freed blocks. Given back to the kernel,
-            libc = ctypes.CDLL("libc.so.6")  # each update would pay their page faults again, a seventh of its time
-            libc.mallopt(-4, 0)  # M_MMAP_MAX
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        keep_freed_memory()
     if args.accelerate == "compile":
         for loss in agent.LOSSES:
             setattr(agent, loss, torch.compile(getattr(agent, loss), fullgraph=True, dynamic=False))
@@ -1267,7 +1310,7 @@ def _commit(script: Path) -> str:
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         dirty = subprocess.run(
-            [*git, "status", "--porcelain", "--untracked-files=no", "--", ":(top)*.py"], capture_output=True, text=True
+            [*git, "status", "--porcelain", "--", str(script), str(HERE / "common.py")], capture_output=True, text=True
         ).stdout.strip()
         return commit[:12] + ("-dirty" if dirty else "")
     return "sha256:" + sha256(script)[:12]

@@ -8,6 +8,8 @@ Differs from the released code (marked DIFF n where it happens):
   DIFF 2: regresses the mean action, as the paper writes; theirs a noisy clipped sample (--bc-noise).
   DIFF 3: random shifts are integer crops; theirs resamples with grid_sample, equal up to rounding.
   DIFF 4: --steps left out is the paper's 256 epochs; their default amounts to 1,408.
+  DIFF 5: lr 1e-4, DrQ-v2's default (the paper's value is lost in the text we have); theirs 3e-4.
+  DIFF 6: each evaluation runs the same seeded episodes, the last one on the final weights; theirs draws on.
 Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
 
 import sys
@@ -53,12 +55,12 @@ class Args:
     overwrite: bool = False  # start anew in a folder that holds a run
     quick: bool = False  # small set, batch and step count: shows learning on two CPU cores; no benchmark row
     evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
-    steps: int | None = None  # gradient updates; None: 256 epochs, that is one per transition (Table 9)
+    steps: int | None = None  # gradient updates; None: 256 epochs, one update per transition at batch 256 (Table 9)
     batch_size: int = 256  # transitions (Table 9)
-    lr: float = 1e-4  # Adam (DrQ-v2's default)
+    lr: float = 1e-4  # Adam (DIFF 5)
     feature_dim: int = 50  # width of the trunk after the encoder
     hidden_dim: int = 1024  # width of the actor's two layers
-    bc_noise: bool = False  # regress a noisy clipped sample of the policy, as the released code does
+    bc_noise: bool = False  # regress a noisy clipped sample (released code; its schedule: --noise-steps 125000)
     noise_start: float = 1.0  # std of that noise at step 0
     noise_end: float = 0.1  # and after noise_steps
     noise_steps: int = 250_000  # gradient updates over which it falls linearly (Table 9: 500,000 loop turns)
@@ -69,12 +71,14 @@ class Args:
     log_every: int = 100  # gradient updates
     device: str = "auto"  # auto: cuda if there is one, else cpu
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the hardware has it natively
-    accelerate: Literal["auto", "eager", "compile", "graph"] = "auto"  # same mathematics; auto: measured best
+    accelerate: Literal["auto", "eager", "compile", "graph"] = "auto"  # same mathematics; auto: eager for now
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the frames are; auto: on the GPU if they fit
 
 
 TUNED: dict = {}  # the paper gives BC one setting for all rows
 QUICK = {"transitions": 20_000, "batch_size": 128, "lr": 3e-4, "steps": 3_000, "eval_every": 500}
+
+FRAME_STACK = 3  # frames per observation, in the order they were seen
 
 
 # ==== Networks ====
@@ -143,7 +147,7 @@ def random_shift(obs: Tensor, pad: int = 4) -> Tensor:
     B, C, S, _ = obs.shape
     wide = S + 2 * pad
     dy, dx = torch.randint(2 * pad + 1, (2, B, 1, 1), device=obs.device)  # 0..2 pad each
-    left, right = (obs[..., edge : edge + 1 or None].expand(-1, -1, -1, pad) for edge in (0, -1))
+    left, right = obs[..., :1].expand(-1, -1, -1, pad), obs[..., -1:].expand(-1, -1, -1, pad)
     padded = torch.cat([left, obs, right], -1)  # (B, C, S, wide)
     pixel_rows = torch.arange(S, device=obs.device)
     source_rows = (pixel_rows + dy - pad).clamp(0, S - 1)  # (B, 1, S): clamping pads the other axis
@@ -155,7 +159,7 @@ def random_shift(obs: Tensor, pad: int = 4) -> Tensor:
 
 def noise_std(args: Args, step: int) -> Tensor:
     """The exploration-noise schedule at `step` gradient updates, a 0-dim tensor (DIFF 1: not loop turns)."""
-    progress = min(step / args.noise_steps, 1.0)
+    progress = min(step / max(args.noise_steps, 1), 1.0)
     value = args.noise_start + progress * (args.noise_end - args.noise_start)
     return torch.full((), value, device=args.device)
 
@@ -163,7 +167,7 @@ def noise_std(args: Args, step: int) -> Tensor:
 class Agent(nn.Module):
     """Encoder and actor, trained together by one optimiser."""
 
-    LOSSES = ("actor_loss",)
+    LOSSES = ("actor_loss",)  # what --accelerate compile compiles
 
     def __init__(self, args: Args, obs_shape: tuple[int, int, int], action_dim: int):
         super().__init__()
@@ -177,6 +181,7 @@ class Agent(nn.Module):
         self.optimizers = {"actor": torch.optim.Adam(self.parameters(), args.lr, fused=True, capturable=on_cuda)}
 
     def augment(self, obs: Tensor) -> Tensor:
+        """obs (B, C, S, S) uint8 -> the same."""
         return random_shift(obs) if self.args.augment == "shift" else obs
 
     def noisy(self, mean: Tensor, std: Tensor) -> Tensor:
@@ -212,6 +217,7 @@ class Agent(nn.Module):
         return self.actor(self.encoder(scale_pixels(obs)))
 
     def get_extra_state(self) -> dict:
+        """What torch adds to state_dict(): the optimisers."""
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 
     def set_extra_state(self, state: dict) -> None:
@@ -224,9 +230,9 @@ class Agent(nn.Module):
 
 def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.ndarray]]:
     """Mean action, the same episodes every time. Returns score and every return, frames of the first episode."""
-    obs, returns, frames = pool.reset(EVAL_SEED + np.arange(pool.count)), np.zeros(pool.count), []
+    obs, returns, frames = pool.reset(EVAL_SEED + np.arange(pool.count)), np.zeros(pool.count), []  # DIFF 6
     while not pool.done.all():
-        frames.append(obs[0, -3:])
+        frames.append(obs[0, -3:].copy())  # a view would keep the frames of all episodes
         action = agent.act(torch.from_numpy(obs).to(args.device))
         obs, reward, _ = pool.step(action.cpu().numpy())  # reward is 0 where the episode is over
         returns += reward
@@ -236,8 +242,8 @@ def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.nda
 def evaluate_run(args: Args) -> None:
     """--evaluate RUN: scores a finished run's weights on --eval-episodes episodes and writes a video."""
     args, facts, weights = load_run(args)
-    pool = evaluation_pool(args, facts)
-    agent = Agent(args, (9, facts["size"], facts["size"]), facts["action_dim"]).to(args.device)
+    pool = evaluation_pool(args, facts, FRAME_STACK)
+    agent = Agent(args, (3 * FRAME_STACK, facts["size"], facts["size"]), facts["action_dim"]).to(args.device)
     agent.load_state_dict(weights)
     metrics, frames = evaluate(agent, pool, args)
     print(f"score {metrics['score']:.2f}, returns {np.round(metrics['return'], 1).tolist()}")
@@ -249,10 +255,10 @@ def main(args: Args) -> None:
         return evaluate_run(args)
     dataset = open_dataset(args, size=84)  # 84 px if it is a standard set (made on the spot if missing)
     if args.steps is None:
-        args.steps = dataset.num_transitions  # DIFF 4: 256 epochs of batches of 256
+        args.steps = 256 * dataset.num_transitions // args.batch_size  # DIFF 4: 256 epochs
     run = start_run(args, dataset)  # folder, lock, config.json, a copy of this script
-    pool = evaluation_pool(args, dataset.facts())  # before CUDA starts; its workers never import this file
-    buffer = TransitionBuffer(dataset, args.batch_size, frame_stack=3, seed=args.seed, device=args.device,
+    pool = evaluation_pool(args, dataset.facts(), FRAME_STACK)  # its workers neither import this file nor touch CUDA
+    buffer = TransitionBuffer(dataset, args.batch_size, frame_stack=FRAME_STACK, seed=args.seed, device=args.device,
                               buffer_device=args.buffer_device, next_obs=False)  # fmt: skip
     agent = Agent(args, buffer.obs_shape, buffer.action_dim).to(args.device)
     update = accelerate(agent, "update", args)  # eager, its LOSSES compiled, or the whole as one CUDA graph

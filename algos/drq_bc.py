@@ -2,15 +2,19 @@
 
     y    = reward + discount * min_j Q'_j(z', a'),  a' = clip(pi(z') + clipped noise)
     L_Q  = sum_j |Q_j(z, a) - y|^2
-    L_pi = |pi(z) - a|^2 - lam * Q(z, pi(z)),       lam = bc_alpha / mean|Q|  (2106.06860 Eq. 5)
+    L_pi = |a~ - a|^2 - lam * min_j Q_j(z, a~),  a~ = clip(pi(z) + clipped noise),
+           lam = bc_alpha / mean|min_j Q_j(z, a~)|  (2106.06860 Eq. 5, there with Q(s, a) of the data)
 
 z = encoder(random shift of three stacked frames), z' of the frames n steps later; the encoder learns from L_Q alone.
 Dims: B batch, C = 3 * frame_stack channels, S pixels per side, A action, E embedding.
 Differs from the released code (marked DIFF n where it happens):
   DIFF 1: one step = one gradient update; theirs counts loop turns and updates on every second.
-  DIFF 2: lr 1e-4, 3-step returns and the slower noise schedule of the paper; theirs 3e-4, 1 and twice as fast.
+  DIFF 2: lr 1e-4 (DrQ-v2's), n = 3 and noise over 250,000 updates (Table 9); theirs 3e-4, 1 (README: 3), 125,000.
   DIFF 3: random shifts are integer crops; theirs resamples with grid_sample, equal up to rounding.
   DIFF 4: --steps left out is the paper's 256 epochs; their default amounts to 1,408.
+  DIFF 5: the bootstrap factor is the product of the n discounts; theirs the last one (equal where none is 0).
+  DIFF 6: each evaluation runs the same seeded episodes, the last one on the final weights; theirs draws on.
+  DIFF 7: mean|Q| has a floor of 1e-3.
 Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
 
 import sys
@@ -56,9 +60,9 @@ class Args:
     overwrite: bool = False  # start anew in a folder that holds a run
     quick: bool = False  # small set, batch and step count: shows learning on two CPU cores; no benchmark row
     evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
-    steps: int | None = None  # gradient updates; None: 256 epochs, that is one per transition (Table 9)
+    steps: int | None = None  # gradient updates; None: 256 epochs, one update per transition at batch 256 (Table 9)
     batch_size: int = 256  # transitions (Table 9)
-    lr: float = 1e-4  # Adam, all three optimisers (DIFF 2)
+    lr: float = 1e-4  # Adam, of encoder and critic and of the actor (DIFF 2)
     feature_dim: int = 50  # width of the trunk after the encoder
     hidden_dim: int = 1024  # width of the two layers of actor and critics
     bc_alpha: float = 2.5  # weight of Q against BC (2106.06860 Eq. 5; 2206.04779 Table 9)
@@ -76,12 +80,14 @@ class Args:
     log_every: int = 100  # gradient updates
     device: str = "auto"  # auto: cuda if there is one, else cpu
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the hardware has it natively
-    accelerate: Literal["auto", "eager", "compile", "graph"] = "auto"  # same mathematics; auto: measured best
+    accelerate: Literal["auto", "eager", "compile", "graph"] = "auto"  # same mathematics; auto: eager for now
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the frames are; auto: on the GPU if they fit
 
 
 TUNED: dict = {}  # the paper gives DrQ+BC one setting for all rows
 QUICK = {"transitions": 20_000, "batch_size": 128, "lr": 3e-4, "steps": 2_000, "eval_every": 500}
+
+FRAME_STACK = 3  # frames per observation, in the order they were seen
 
 
 # ==== Networks ====
@@ -170,7 +176,7 @@ def random_shift(obs: Tensor, pad: int = 4) -> Tensor:
     B, C, S, _ = obs.shape
     wide = S + 2 * pad
     dy, dx = torch.randint(2 * pad + 1, (2, B, 1, 1), device=obs.device)  # 0..2 pad each
-    left, right = (obs[..., edge : edge + 1 or None].expand(-1, -1, -1, pad) for edge in (0, -1))
+    left, right = obs[..., :1].expand(-1, -1, -1, pad), obs[..., -1:].expand(-1, -1, -1, pad)
     padded = torch.cat([left, obs, right], -1)  # (B, C, S, wide)
     pixel_rows = torch.arange(S, device=obs.device)
     source_rows = (pixel_rows + dy - pad).clamp(0, S - 1)  # (B, 1, S): clamping pads the other axis
@@ -182,7 +188,7 @@ def random_shift(obs: Tensor, pad: int = 4) -> Tensor:
 
 def noise_std(args: Args, step: int) -> Tensor:
     """The exploration-noise schedule at `step` gradient updates, a 0-dim tensor (DIFF 1: not loop turns)."""
-    progress = min(step / args.noise_steps, 1.0)
+    progress = min(step / max(args.noise_steps, 1), 1.0)
     value = args.noise_start + progress * (args.noise_end - args.noise_start)
     return torch.full((), value, device=args.device)
 
@@ -190,7 +196,7 @@ def noise_std(args: Args, step: int) -> Tensor:
 class Agent(nn.Module):
     """Encoder, actor, twin critic and its target; the encoder has no target."""
 
-    LOSSES = ("critic_loss", "actor_loss")
+    LOSSES = ("critic_loss", "actor_loss")  # what --accelerate compile compiles
 
     def __init__(self, args: Args, obs_shape: tuple[int, int, int], action_dim: int):
         super().__init__()
@@ -210,6 +216,7 @@ class Agent(nn.Module):
         }
 
     def augment(self, obs: Tensor) -> Tensor:
+        """obs (B, C, S, S) uint8 -> the same."""
         return random_shift(obs) if self.args.augment == "shift" else obs
 
     def noisy(self, mean: Tensor, std: Tensor) -> Tensor:
@@ -225,7 +232,7 @@ class Agent(nn.Module):
             next_embed = self.encoder(scale_pixels(self.augment(batch.next_obs)))  # the online encoder: no target
             next_action = self.noisy(self.actor(next_embed), noise_std)  # (B, A)
             next_q = torch.minimum(*self.critic_target(next_embed, next_action))
-            target_q = batch.reward + batch.discount * next_q  # discount: gamma^n, 0 at terminal, not timeout
+            target_q = batch.reward + batch.discount * next_q  # discount: gamma^n, 0 at terminal, not timeout (DIFF 5)
         q1, q2 = self.critic(embed, batch.action)
         assert q1.shape == target_q.shape == batch.reward.shape  # (B, 1); (B,) would give (B, B)
         loss = F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
@@ -236,7 +243,7 @@ class Agent(nn.Module):
         mean = self.actor(embed)
         action = self.noisy(mean, noise_std)
         q = torch.minimum(*self.critic(embed, action))
-        lam = self.args.bc_alpha / q.abs().mean().clamp_min(1e-3).detach()  # the floor: Q is near 0 at the start
+        lam = self.args.bc_alpha / q.abs().mean().clamp_min(1e-3).detach()  # DIFF 7: Q may be 0 at first
         bc_loss = F.mse_loss(mean if self.args.bc_deterministic else action, batch.action)
         loss = bc_loss - lam * q.mean()
         return loss, {"actor/loss": loss.detach(), "actor/bc_loss": bc_loss.detach(), "actor/q": q.detach().mean()}
@@ -245,7 +252,7 @@ class Agent(nn.Module):
         """One gradient step of critic and encoder, one of the actor, one Polyak step of the target."""
         with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             critic_loss, embed, critic_metrics = self.critic_loss(batch, noise_std)
-        self.step("critic", critic_loss)
+        self.step("critic", critic_loss)  # outside autocast: its cache holds casts of the weights from before
         with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             actor_loss, actor_metrics = self.actor_loss(embed, batch, noise_std)
         self.step("actor", actor_loss)
@@ -265,6 +272,7 @@ class Agent(nn.Module):
         return self.actor(self.encoder(scale_pixels(obs)))
 
     def get_extra_state(self) -> dict:
+        """What torch adds to state_dict(): the optimisers."""
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 
     def set_extra_state(self, state: dict) -> None:
@@ -277,9 +285,9 @@ class Agent(nn.Module):
 
 def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.ndarray]]:
     """Mean action, the same episodes every time. Returns score and every return, frames of the first episode."""
-    obs, returns, frames = pool.reset(EVAL_SEED + np.arange(pool.count)), np.zeros(pool.count), []
+    obs, returns, frames = pool.reset(EVAL_SEED + np.arange(pool.count)), np.zeros(pool.count), []  # DIFF 6
     while not pool.done.all():
-        frames.append(obs[0, -3:])
+        frames.append(obs[0, -3:].copy())  # a view would keep the frames of all episodes
         action = agent.act(torch.from_numpy(obs).to(args.device))
         obs, reward, _ = pool.step(action.cpu().numpy())  # reward is 0 where the episode is over
         returns += reward
@@ -289,8 +297,8 @@ def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.nda
 def evaluate_run(args: Args) -> None:
     """--evaluate RUN: scores a finished run's weights on --eval-episodes episodes and writes a video."""
     args, facts, weights = load_run(args)
-    pool = evaluation_pool(args, facts)
-    agent = Agent(args, (9, facts["size"], facts["size"]), facts["action_dim"]).to(args.device)
+    pool = evaluation_pool(args, facts, FRAME_STACK)
+    agent = Agent(args, (3 * FRAME_STACK, facts["size"], facts["size"]), facts["action_dim"]).to(args.device)
     agent.load_state_dict(weights)
     metrics, frames = evaluate(agent, pool, args)
     print(f"score {metrics['score']:.2f}, returns {np.round(metrics['return'], 1).tolist()}")
@@ -302,10 +310,10 @@ def main(args: Args) -> None:
         return evaluate_run(args)
     dataset = open_dataset(args, size=84)  # 84 px if it is a standard set (made on the spot if missing)
     if args.steps is None:
-        args.steps = dataset.num_transitions  # DIFF 4: 256 epochs of batches of 256
+        args.steps = 256 * dataset.num_transitions // args.batch_size  # DIFF 4: 256 epochs
     run = start_run(args, dataset)  # folder, lock, config.json, a copy of this script
-    pool = evaluation_pool(args, dataset.facts())  # before CUDA starts; its workers never import this file
-    buffer = TransitionBuffer(dataset, args.batch_size, frame_stack=3, nstep=args.nstep, gamma=args.gamma,
+    pool = evaluation_pool(args, dataset.facts(), FRAME_STACK)  # its workers neither import this file nor touch CUDA
+    buffer = TransitionBuffer(dataset, args.batch_size, frame_stack=FRAME_STACK, nstep=args.nstep, gamma=args.gamma,
                               seed=args.seed, device=args.device, buffer_device=args.buffer_device)  # fmt: skip
     agent = Agent(args, buffer.obs_shape, buffer.action_dim).to(args.device)
     update = accelerate(agent, "update", args)  # eager, its LOSSES compiled, or the whole as one CUDA graph

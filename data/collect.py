@@ -31,6 +31,7 @@ from common import (  # noqa: E402
     default_data_dir,
     lock_file,
     one_line_errors,
+    progress_bar,
     read_meta,
     return_statistics,
     set_folder,
@@ -225,10 +226,7 @@ def rollouts(args: Args, name: str, total: int, folder: Path | None) -> np.ndarr
 
 def episodes_of(source, pool: EnvPool, episodes: range, args: Args):
     """Yields frames (T+1, S, S, 3), actions (T, A), rewards (T,) of each episode, in order."""
-    from tqdm import tqdm
-
-    every = 0.5 if sys.stderr.isatty() else 30  # seconds between lines
-    bar = tqdm(total=len(episodes) * EPISODE, unit="step", unit_scale=True, dynamic_ncols=True, mininterval=every)
+    bar = progress_bar(len(episodes) * EPISODE, 0, "step")
     for first in range(episodes.start, episodes.stop, pool.count):
         batch = list(range(first, min(first + pool.count, episodes.stop)))
         batch += [batch[-1]] * (pool.count - len(batch))  # the last round repeats an episode and drops it
@@ -239,6 +237,10 @@ def episodes_of(source, pool: EnvPool, episodes: range, args: Args):
             obs, reward, _ = pool.step(actions[-1])
             frames.append(obs)
             rewards.append(reward)
+            if pool.done.any() and t < EPISODE - 1:
+                raise UserError(
+                    f"--task {args.task}: its episodes end before {EPISODE} steps; no set is made of such tasks"
+                )
             bar.update(len(set(batch)))
         count = len(set(batch))  # without what the last round repeats
         source.finish(batch[:count], np.sum(rewards, 0)[:count])

@@ -147,8 +147,8 @@ def train(args: argparse.Namespace) -> None:
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
-        if saved["envs"] != args.envs:
-            raise SystemExit(f"{checkpoint} was made with --envs {saved['envs']}")
+        if (saved["envs"], saved.get("seed", args.seed)) != (args.envs, args.seed):
+            raise SystemExit(f"{out} holds a run with --envs {saved['envs']} or another --seed; give a --runs-dir")
         agent.load_state_dict(saved["agent"])
         for name, state in saved["optimizers"].items():
             agent.optimizers[name].load_state_dict(state)
@@ -202,7 +202,7 @@ def train(args: argparse.Namespace) -> None:
             "agent": agent.state_dict(), "optimizers": {k: o.state_dict() for k, o in agent.optimizers.items()},
             "torch_rng": torch.get_rng_state(), "rng": json.dumps(rng.bit_generator.state), "step": step,
             "rounds": done_rounds, "mean": torch.from_numpy(mean), "square": torch.from_numpy(square),
-            "envs": args.envs,
+            "envs": args.envs, "seed": args.seed,
         }  # fmt: skip
         torch.save(saved, out / "checkpoint.tmp")
         os.replace(out / "checkpoint.tmp", checkpoint)

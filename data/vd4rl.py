@@ -230,8 +230,6 @@ def names_from(path: Path, task: str | None, name: str | None) -> tuple[str, str
 
 
 def import_set(path: Path, task: str | None = None, name: str | None = None, data_dir: str | None = None) -> None:
-    from tqdm import tqdm
-
     task, name = names_from(path, task, name)
     npz, hdf5 = (sorted(path.glob(pattern), key=natural) for pattern in ("*.npz", "*.hdf5"))
     if bool(npz) == bool(hdf5):
@@ -251,7 +249,9 @@ def import_set(path: Path, task: str | None = None, name: str | None = None, dat
         if writer.complete:
             raise UserError(f"{folder} is there already; delete it to import it again, or give another --name")
         done = writer.episodes  # by an interrupted import of the same files: read again for the report alone
-        for index, episode in enumerate(tqdm(chain([first], episodes), unit="episode", disable=None)):
+        bar = common.progress_bar(None, 0, "episode")
+        for index, episode in enumerate(chain([first], episodes)):
+            bar.update(1)
             where = episode.where[0]
             if (twin := seen.setdefault(hash(episode.action.tobytes()), where)) != where:
                 notes["actions of an earlier episode again"].append(f"{where} = {twin}")

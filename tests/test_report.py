@@ -23,6 +23,7 @@ def write_run(path: Path, scores=(10.0, 80.0, 20.0, 30.0), success=None, finishe
     """A finished run folder as common.Run leaves it, evaluated every 100 steps."""
     args = {"task": "walker-walk", "tag": "", "seed": 0, "quick": False} | args
     facts = {"set": "medium-84px", "source": source, "hash": "0123456789abcdef", "mean_return": 441.2345}
+    args |= {"precision": "bf16", "accelerate": "eager"}
     config = {"algo": "drq_bc", "args": args, "dataset": facts | {"render": "fast"}, "commit": "abc-dirty"}
     config |= {"versions": {"torch": "2.13.0", "numpy": "2.3.5"}, "hardware": "2 cores of X, Y"}
     config |= {"command": 'algos/drq_bc.py --tag "a, b"'}
@@ -59,7 +60,8 @@ def test_row_and_curve(tmp_path):
         "algo": "drq_bc", "task": "walker-walk", "dataset": "medium-84px", "source": "made",
         "data_hash": "0123456789abcdef", "data_mean": "441.23", "render": "fast", "tag": "", "seed": "0",
         "steps": "400", "quick": "False", "score_last": "30.0", "score_late_mean": "25.0", "success_last": "",
-        "success_late_mean": "", "env_steps": "", "episodes": "", "wall_s": "12.5", "hardware": "2 cores of X, Y",
+        "success_late_mean": "", "env_steps": "", "episodes": "", "wall_s": "12.5",
+        "hardware": "2 cores of X, Y, bf16, eager",
         "versions": "torch 2.13.0; numpy 2.3.5", "commit": "abc-dirty", "command": 'algos/drq_bc.py --tag "a, b"',
     }  # fmt: skip
     assert (tmp_path / "results/summary.csv").read_text().splitlines()[0] == STYLE.replace(" ", "")
