@@ -1151,9 +1151,7 @@ def progress_bar(total: int | None, initial: int, unit: str):
         nothing = dict.fromkeys(("update", "close", "set_postfix"), lambda *_, **__: None)
         return types.SimpleNamespace(write=print, **nothing)
     every = 1 if sys.stderr.isatty() else 30
-    return tqdm(
-        total=total, initial=initial, unit=unit, unit_scale=total > 10**5, dynamic_ncols=True, mininterval=every
-    )
+    return tqdm(total=total, initial=initial, unit=unit, dynamic_ncols=True, mininterval=every)
 
 
 def save_video(path: Path, frames: list[np.ndarray]) -> None:

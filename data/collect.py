@@ -216,9 +216,9 @@ def rollouts(args: Args, name: str, total: int, folder: Path | None) -> np.ndarr
                     writer.add(frames, actions, rewards)
         returns = np.array(read_meta(folder)["episode_returns"])
     if isinstance(source, Recorded):
-        note = "as recorded" if source.wrong == 0 else "DIFFER from the record: other processors round differently"
+        note = "as recorded" if source.wrong == 0 else "DIFFER from the record (another processor rounds differently)"
         print(
-            f"re-simulated returns {note}: at most by {source.worst:.4f}, by more than 0.1 in {source.wrong} episodes"
+            f"re-simulated returns {note}; largest difference {source.worst:.4f}, above 0.1 in {source.wrong} episodes"
         )
     pool.close()
     return returns
@@ -265,7 +265,9 @@ def main(args: Args) -> None:
     start = time.time()
     least = EPISODE * (2 if args.dataset == "medexp" else 1)
     if args.transitions is not None and args.transitions < least:
-        raise UserError(f"--transitions {args.transitions}: at least {least}, one episode of each part")
+        raise UserError(
+            f"--transitions {args.transitions}: at least one episode of {EPISODE}{' of each part' if args.dataset == 'medexp' else ''}"
+        )
 
     def folder(name, transitions):
         return set_folder(args.data_dir, "made", args.task, name, args.size, transitions, args.seed)

@@ -598,3 +598,22 @@ def test_the_collected_set(tiny_set):
     np.testing.assert_allclose(np.delete(rows["action"], [0, 501], 0).std(0), 3**-0.5, atol=0.03)  # uniform
     batch = TransitionBuffer(dataset, 8, nstep=3).sample()
     assert batch.obs.shape == (8, 9, 84, 84)
+
+
+def test_the_documented_loop_continues_where_a_writer_was_interrupted(tmp_path):
+    rng = np.random.default_rng(0)
+    episodes = [synthetic_episode(0, 6, 12, 2, rng) for _ in range(3)]
+
+    def loop(path, until):
+        with DatasetWriter(path, size=12, action_dim=2) as writer:
+            for episode in episodes[writer.episodes :]:
+                if writer.episodes == until:
+                    raise KeyboardInterrupt
+                writer.add(*episode)
+
+    with pytest.raises(KeyboardInterrupt):
+        loop(tmp_path / "interrupted", until=2)
+    loop(tmp_path / "interrupted", until=None)
+    loop(tmp_path / "whole", until=None)
+    assert Dataset(tmp_path / "interrupted").meta["sha256"] == Dataset(tmp_path / "whole").meta["sha256"]
+    assert Dataset(tmp_path / "interrupted").num_episodes == 3

@@ -21,7 +21,7 @@ import drq_bc
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, run_python, write_set
+from conftest import ENVIRONMENT, ROOT, run_python, synthetic_episode, write_set
 
 import common
 from common import UserError
@@ -692,3 +692,48 @@ def test_every_tuned_and_quick_name_is_a_flag(algo):
     flags = vars(module.Args()).keys()
     assert module.QUICK.keys() <= flags
     assert all(entry.keys() <= flags for entry in module.TUNED.values())
+
+
+def test_changed_code_is_noticed_and_changed_comments_are_not(train):
+    assert isinstance(train("bc", "--steps", 6, crash=4), KeyboardInterrupt)  # leaves checkpoints up to step 3
+    copy = train.folder("bc") / "bc.py"
+    text = copy.read_text()
+    copy.write_text(text + "\nUNUSED = 1\n")  # as if the script had lost this line since
+    error = train("bc", "--steps", 6)
+    assert "bc.py has changed since" in str(error) and "--tag" in str(error)
+    copy.write_text(text + "\n# a remark\n")
+    assert train("bc", "--steps", 6) is None
+    assert steps_of(train.folder("bc")) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_set_that_does_not_fit_its_task_is_named_before_training(tmp_path):
+    with common.DatasetWriter(tmp_path / "set", size=21, action_dim=2, task="walker-walk") as writer:
+        writer.add(*synthetic_episode(0, 30, 21, 2, np.random.default_rng(0)))
+    flags = ["--dataset", tmp_path / "set", "--runs-dir", tmp_path / "runs", "--steps", 3, "--eval-episodes", 1]
+    result = run_python("algos/bc.py", *flags, "--batch-size", 4, "--device", "cpu")
+    assert_one_line(result, "2 action dimensions, walker-walk 6", "--eval-every 0")
+
+
+def test_a_video_that_cannot_be_written_is_a_note(tmp_path, monkeypatch, capsys):
+    import imageio.v2 as imageio
+
+    def without_ffmpeg(*_, **__):
+        raise ValueError("Could not find a backend")
+
+    monkeypatch.setattr(imageio, "get_writer", without_ffmpeg)
+    common.save_video(tmp_path / "evaluation.mp4", [np.zeros((3, 4, 4), np.uint8)])
+    assert "evaluation.mp4 was not written (Could not find a backend)" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_group_during_an_evaluation_leaves_a_checkpoint(tiny_set, tmp_path):
+    """As timeout and batch schedulers signal: the workers must live on until the evaluation ends."""
+    flags = [*TINY, "--steps", 4, "--eval-every", 2, "--eval-episodes", 2, "--data-dir", tiny_set.parents[2]]
+    words = [sys.executable, ROOT / "algos/bc.py", *flags, "--runs-dir", tmp_path]
+    process = subprocess.Popen([*map(str, words)], env=ENVIRONMENT, start_new_session=True)
+    run = tmp_path / "bc" / "walker-walk" / tiny_set.name / "seed0"
+    wait_for_row(process, run, 2)
+    time.sleep(1)  # the evaluation, of a thousand frames, has begun
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(120) == 128 + signal.SIGTERM
+    assert checkpoints(run) == ["checkpoint-000000002"] and steps_of(run, "eval") == [2]
