@@ -5,7 +5,7 @@
     python data/collect.py --task walker-walk --dataset mixed --stats-only  # the returns, without rendering
 
 random: uniform actions. medium, expert: actions sampled from the actors in data/policies/<task>/. medexp: both of
-these, listed by a meta.json. mixed: the replay of the SAC run up to the medium actor, re-simulated from its recorded
+these, listed by a meta.json. mixed: the first transitions of the SAC replay, re-simulated from its recorded
 actions; a full physics state every 50 steps keeps the last bits of another processor from adding up.
 Every episode is a function of (set, seed, episode index) alone: not of --workers, --size or an interruption."""
 
@@ -265,9 +265,8 @@ def main(args: Args) -> None:
     start = time.time()
     least = EPISODE * (2 if args.dataset == "medexp" else 1)
     if args.transitions is not None and args.transitions < least:
-        raise UserError(
-            f"--transitions {args.transitions}: at least one episode of {EPISODE}{' of each part' if args.dataset == 'medexp' else ''}"
-        )
+        each = " of each part" if args.dataset == "medexp" else ""
+        raise UserError(f"--transitions {args.transitions}: at least one episode of {EPISODE}{each}")
 
     def folder(name, transitions):
         return set_folder(args.data_dir, "made", args.task, name, args.size, transitions, args.seed)
