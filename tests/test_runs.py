@@ -632,6 +632,7 @@ class Toy:
     runs_dir: str | None = None
     quick: bool = False
     device: str = "cpu"
+    accelerate: str = "auto"
     precision: str = "fp32"
     alpha: float = 0.0  # tuned
     steps: int | None = None
@@ -680,6 +681,7 @@ def test_parse_args_resolves_folders_device_and_precision(monkeypatch, tmp_path)
     assert args.runs_dir == str(ROOT / "runs")
     assert args.device == ("cuda" if torch.cuda.is_available() else "cpu")
     assert args.precision == ("bf16" if common.has_bf16(args.device) else "fp32")
+    assert args.accelerate == "eager"
     monkeypatch.setenv("CLEANPIXELS_DATA", str(tmp_path))
     assert common.parse_args(Toy, {}, {}).data_dir == str(tmp_path)
     monkeypatch.setattr(sys, "argv", ["toy.py", "--data-dir", "there"])
