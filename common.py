@@ -1193,7 +1193,8 @@ def keep_freed_memory() -> None:
 
 
 def accelerate(agent, name: str, args):
-    """The method `name` of `agent` in the form that --accelerate asks for; all compute the same.
+    """The method `name` of `agent` in the form that --accelerate asks for; all compute the same (compile
+    draws its random numbers from another stream).
 
     eager: as it stands. compile: the methods in agent.LOSSES under torch.compile. graph: the whole method as one CUDA
     graph (static inputs; outputs are cloned)."""

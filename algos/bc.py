@@ -7,8 +7,8 @@ Differs from the released code (marked DIFF n where it happens):
   DIFF 1: one step = one gradient update; theirs counts loop turns and updates on every second.
   DIFF 2: regresses the mean action, as the paper writes; theirs a noisy clipped sample (--bc-noise).
   DIFF 3: random shifts are integer crops; theirs resamples with grid_sample, equal up to rounding.
-  DIFF 4: --steps left out is the paper's 256 epochs; their default amounts to 1,408.
-  DIFF 5: lr 1e-4, DrQ-v2's default (the paper's value is lost in the text we have); theirs 3e-4.
+  DIFF 4: --steps left out is the paper's 256 epochs; their default amounts to 1,408 at 100,000 transitions.
+  DIFF 5: lr 1e-4, DrQ-v2's default; theirs 3e-4.
   DIFF 6: each evaluation runs the same seeded episodes, the last one on the final weights; theirs draws on.
 Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
 

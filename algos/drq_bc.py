@@ -11,7 +11,7 @@ Differs from the released code (marked DIFF n where it happens):
   DIFF 1: one step = one gradient update; theirs counts loop turns and updates on every second.
   DIFF 2: lr 1e-4 (DrQ-v2's), n = 3 and noise over 250,000 updates (Table 9); theirs 3e-4, 1 (README: 3), 125,000.
   DIFF 3: random shifts are integer crops; theirs resamples with grid_sample, equal up to rounding.
-  DIFF 4: --steps left out is the paper's 256 epochs; their default amounts to 1,408.
+  DIFF 4: --steps left out is the paper's 256 epochs; their default amounts to 1,408 at 100,000 transitions.
   DIFF 5: the bootstrap factor is the product of the n discounts; theirs the last one (equal where none is 0).
   DIFF 6: each evaluation runs the same seeded episodes, the last one on the final weights; theirs draws on.
   DIFF 7: mean|Q| has a floor of 1e-3.
