@@ -7,6 +7,7 @@
 The algorithm files import this one and nothing else of the project; a folder that holds one of them
 and this file works. Networks, losses, schedules and augmentation are not here: papers describe them."""
 
+import argparse
 import ast
 import atexit
 import contextlib
@@ -260,7 +261,7 @@ class EnvPool:
         self.pipes, self.processes = [], []
         here = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
         # MUJOCO_GL=off: the server must import dm_control without starting GL, each worker starts its own.
-        with _environment(PYTHONPATH=here, MUJOCO_GL="off", LP_NUM_THREADS="0", OMP_NUM_THREADS="1"), _no_main():
+        with _for_workers(PYTHONPATH=here, MUJOCO_GL="off", LP_NUM_THREADS="0", OMP_NUM_THREADS="1"):
             for share in shares:
                 pipe, theirs = context.Pipe()
                 process = context.Process(target=_worker, args=(theirs, gl, kwargs, share), daemon=True)
@@ -316,25 +317,18 @@ class EnvPool:
 
 
 @contextlib.contextmanager
-def _environment(**values: str):
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-@contextlib.contextmanager
-def _no_main():
-    """Hides the running script from multiprocessing, which would import it again in every worker."""
-    main = sys.modules["__main__"]
+def _for_workers(**environment: str):
+    """What processes started meanwhile see: these variables, and no running script (each would import it again)."""
+    before, main = dict(os.environ), sys.modules["__main__"]
+    os.environ.update(environment)
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:
         yield
     finally:
         sys.modules["__main__"] = main
+        for name in environment:
+            os.environ.pop(name)
+        os.environ.update(before)
 
 
 # ==== Data ====
@@ -347,6 +341,7 @@ def _no_main():
 STANDARD_SETS = ("random", "mixed", "medium", "medexp", "expert")
 STANDARD_TRANSITIONS = {("cheetah-run", "mixed"): 200_000, ("humanoid-walk", "mixed"): 600_000}  # else as below
 ARRAYS = {"image": np.uint8, "action": np.float32, "reward": np.float32, "discount": np.float32, "episode": np.int64}
+HEADER = 128  # bytes before the rows of a .npy file
 BUFFER_SHARE = 0.6  # --buffer-device auto holds the frames on the GPU if they fit in this share of its free memory
 
 
@@ -471,17 +466,18 @@ def open_dataset(args, size: int) -> Dataset:
     size. For a path, args.task becomes the set's own task. Raises UserError that lists what there is."""
     if args.dataset not in STANDARD_SETS:
         if not Path(args.dataset).is_dir():
-            known = sorted(str(meta.parent) for meta in Path(args.data_dir).glob("*/*/*/meta.json"))
             raise UserError(
                 f"--dataset {args.dataset}: neither one of {', '.join(STANDARD_SETS)} nor a folder. "
-                f"In --data-dir {args.data_dir} there are: {', '.join(known) or 'none'}"
+                f"In --data-dir {args.data_dir} there are: {_known_sets(args.data_dir)}"
             )
         dataset = Dataset(args.dataset)
         if dataset.task != args.task:
             print(f"--task: {dataset.path} was recorded on {dataset.task}, which is used")
             args.task = dataset.task
         return dataset
-    transitions = args.transitions if args.source == "made" else None  # official sets are whole
+    if args.transitions is not None and args.source != "made":
+        raise UserError(f"--transitions {args.transitions}: only made sets are cut; --source {args.source} is whole")
+    transitions = args.transitions
     folder = set_folder(args.data_dir, args.source, args.task, args.dataset, size, transitions, args.data_seed)
     if not (folder / "meta.json").exists():
         _make_dataset(args, size, folder)
@@ -493,17 +489,21 @@ def open_dataset(args, size: int) -> Dataset:
     return dataset
 
 
+def _known_sets(data_dir: str) -> str:
+    return ", ".join(sorted(str(meta.parent) for meta in Path(data_dir).glob("*/*/*/meta.json"))) or "none"
+
+
 def _make_dataset(args, size: int, folder: Path) -> None:
     collect = HERE / "data" / "collect.py"
-    flags = ["--task", args.task, "--dataset", args.dataset, "--size", str(size), "--data-dir", str(args.data_dir)]
+    flags = ["--task", args.task, "--dataset", args.dataset, "--size", str(size)]
+    flags += ["--data-dir", str(Path(args.data_dir).resolve())]
     flags += ["--transitions", str(args.transitions)] if args.transitions else []
     flags += ["--seed", str(args.data_seed)] if args.data_seed else []
     if args.source != "made":
         raise UserError(f"{folder} does not exist; import the official files: python data/vd4rl.py import --help")
     if not collect.exists():
-        there = sorted(str(path.parent) for path in Path(args.data_dir).glob("*/*/*/meta.json"))
         raise UserError(
-            f"{folder} does not exist (there are: {', '.join(there) or 'no sets'}). Make it in a full checkout with "
+            f"{folder} does not exist (there are: {_known_sets(args.data_dir)}). Make it in a full checkout with "
             f"python data/collect.py {' '.join(flags)}, or point --data-dir to where it is"
         )
     print(f"{folder} is missing: making it. Interrupt at any time, the same command continues.", flush=True)
@@ -521,18 +521,22 @@ class DatasetWriter:
             for episode in episodes[writer.episodes :]:  # 0 at first; later, what an interrupted run still lacks
                 writer.add(frames, actions, rewards, terminal=False)
 
+    task: the dm_control task to evaluate in, rendered in `render` quality; "own": none. mujoco: the version that
+    rendered the frames, if one did. recipe: whatever tells one set from another; an unfinished set with another is
+    begun anew.
+
     The set counts once the `with` block ends without an exception. `writer.episodes` says how many episodes an
     earlier, interrupted writer of the same recipe has left. Raises UserError for a bad episode (nothing of it is
     written), a full or read-only disk, and waits for another process that writes the same set."""
 
-    def __init__(self, path, size: int, action_dim: int, task: str = "own", source: str = "own", **facts):
-        self.path = Path(path)  # facts: render (a key of RENDER_QUALITY), mujoco (version), recipe (dict)
-        facts = {"render": "fast", "mujoco": None, "recipe": {}} | facts
-        self.meta = {"task": task, "source": source, "name": self.path.name, "size": size,
-                     "action_dim": action_dim, **facts}  # fmt: skip
+    def __init__(self, path, size: int, action_dim: int, task: str = "own", source: str = "own", render: str = "fast",
+                 mujoco: str | None = None, recipe: dict | None = None):  # fmt: skip
+        self.path = Path(path)
+        self.meta = {"task": task, "source": source, "name": self.path.name, "size": size, "action_dim": action_dim,
+                     "render": render, "mujoco": mujoco, "recipe": recipe or {}}  # fmt: skip
         shapes = {"image": (3, size, size), "action": (action_dim,), "reward": (), "discount": ()}
         self.rows = {name: (shape, np.dtype(ARRAYS[name])) for name, shape in shapes.items()}
-        self.boundaries, self.files = [0], {}
+        self.boundaries, self.files, self.progress = [0], {}, None
 
     def __enter__(self):
         with _plain_errors(self.path):
@@ -550,7 +554,7 @@ class DatasetWriter:
             for name, (shape, dtype) in self.rows.items():  # cut off what an interrupted episode left
                 file = open(os.open(self.path / f"{name}.npy", os.O_RDWR | os.O_CREAT), "r+b")  # noqa: SIM115
                 self.files[name] = file
-                end = 128 + self.boundaries[-1] * int(np.prod(shape)) * dtype.itemsize
+                end = HEADER + self.boundaries[-1] * int(np.prod(shape)) * dtype.itemsize
                 if self.episodes and file.seek(0, os.SEEK_END) < end:
                     raise UserError(f"{self.path}/{name}.npy is shorter than progress.bin says; delete {self.path}")
                 file.truncate(end)
@@ -601,7 +605,7 @@ class DatasetWriter:
                 with _plain_errors(self.path):
                     self._finish()
         finally:
-            for file in [*self.files.values(), self.lock]:
+            for file in filter(None, [*self.files.values(), self.progress, self.lock]):
                 with contextlib.suppress(OSError):  # flushing what a full disk refused
                     file.close()
 
@@ -609,10 +613,8 @@ class DatasetWriter:
         if not self.episodes:
             raise UserError(f"{self.path}: no episode was added, so there is no set")
         for name, (shape, dtype) in self.rows.items():
-            self.files[name].seek(0)
-            self.files[name].write(_npy_header(dtype, (self.boundaries[-1], *shape)))
+            _write_header(self.files[name], dtype, (self.boundaries[-1], *shape))
             self.files[name].flush()
-        self.progress.close()
         np.save(self.path / "episode.npy", np.array(self.boundaries[:-1], np.int64))
         for name in ARRAYS:
             with open(self.path / f"{name}.npy", "r+b") as file:
@@ -635,10 +637,12 @@ def write_meta(path: Path, meta: dict) -> None:
     write_atomically(path / "meta.json", json.dumps(meta, indent=1))
 
 
-def _npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
-    """A version 1.0 .npy header padded to 128 bytes, so that it can be written once the rows are counted."""
-    text = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': {tuple(map(int, shape))}, }}"
-    return b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little") + text.ljust(117).encode() + b"\n"
+def _write_header(file, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    """The .npy header, 128 bytes for any number of rows: numpy leaves room for the first axis to grow."""
+    file.seek(0)
+    description = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, description)
+    assert file.tell() == HEADER
 
 
 def sha256(path: Path) -> str:
@@ -685,7 +689,8 @@ def _plain_errors(path: Path):
 class Batch(NamedTuple):
     """obs, next_obs (B, 3 * frame_stack, S, S) uint8; action (B, A), reward and discount (B, 1) float32.
 
-    reward: n-step sum of gamma^k reward[t+k]. discount: gamma^n, and 0 where a terminal lies inside."""
+    reward: sum over k = 1..n of gamma^(k-1) reward[t+k], up to a terminal. discount: gamma^n, and 0 where a terminal
+    lies inside. Sorted by row of the set: a half of the batch is no random half."""
 
     obs: Tensor
     action: Tensor
@@ -716,6 +721,8 @@ class TransitionBuffer:
         windows = np.maximum(steps - nstep + 1, 0)  # T - n + 1 starts: all n rewards must exist
         if not windows.any():
             raise UserError(f"{dataset.path}: no episode is as long as --nstep {nstep}")
+        if short := int((windows == 0).sum()):
+            print(f"note: {short} episodes of {dataset.path} are shorter than --nstep {nstep} and go unused")
         offset = np.arange(windows.sum()) - np.repeat(np.cumsum(windows) - windows, windows)  # t within the episode
         rows = np.repeat(first_rows, windows) + offset  # obs of window w ends at image rows[w]
         self.rows, self.offset = torch.from_numpy(rows), torch.from_numpy(offset)
@@ -755,7 +762,7 @@ class TransitionBuffer:
 
     def sample(self) -> Batch:
         index = torch.randint(len(self), (self.batch_size,), generator=self.generator).sort().values
-        return self.gather(index)
+        return self.gather(index.pin_memory() if self.device.type == "cuda" else index)  # pinned: the host runs ahead
 
     def gather(self, index: Tensor) -> Batch:
         """The transitions of windows `index` (B,) int64, in rising order."""
@@ -772,12 +779,11 @@ class TransitionBuffer:
     def _frames(self, rows: Tensor) -> Tensor:
         """rows (B, F) of image rows -> stacked frames (B, 3 F, S, S) uint8: a view of the gathered rows."""
         flat = rows.flatten()
-        out = torch.empty((len(flat), *self.images[0].shape[1:]), dtype=torch.uint8, device=self.images[0].device)
-        cuts = (  # flat need not be sorted: its rows of each part stand together, in the order of the parts
-            torch.searchsorted(flat, torch.tensor(self.bounds, device=flat.device)).tolist()
-            if len(self.images) > 1
-            else [0, len(flat)]
-        )
+        source = self.images[0]
+        out = torch.empty((len(flat), *source.shape[1:]), dtype=torch.uint8, device=source.device,
+                          pin_memory=source.device != self.device)  # fmt: skip
+        # flat need not be sorted, but its rows of each part stand together, in the order of the parts
+        cuts = [0, *(int((flat < start).sum()) for start in self.bounds[1:-1]), len(flat)]
         for image, start, low, high in zip(self.images, self.bounds, cuts[:-1], cuts[1:]):
             torch.index_select(image, 0, flat[low:high] - start, out=out[low:high])
         return out.view(len(rows), *self.obs_shape).to(self.device, non_blocking=True)
@@ -791,7 +797,7 @@ class TransitionBuffer:
 
 # ==== Runs ====
 
-FREE_FLAGS = {"data_dir", "runs_dir", "log_every", "buffer_device", "overwrite", "evaluate", "steps", "eval_every"}
+FREE_FLAGS = {"data_dir", "runs_dir", "log_every", "buffer_device", "overwrite", "evaluate"}  # may differ on resume
 EVAL_SEED = 1_000_000  # evaluation episode i starts from seed EVAL_SEED + i, in every run and at every step
 CHECKPOINT_SECONDS = 300.0
 
@@ -832,14 +838,16 @@ def parse_args(args_class, tuned: dict, quick: dict):
     import tyro
 
     sys.excepthook = one_line_errors
-    typed = _typed(sys.argv[1:])
     defaults = args_class()
-    task, dataset = typed.get("task", defaults.task), typed.get("dataset", defaults.dataset)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what decides on the other defaults
+    first.add_argument("--task", nargs="?", default=defaults.task)
+    first.add_argument("--dataset", nargs="?", default=defaults.dataset)
+    first.add_argument("--quick", action="store_true")
+    typed, _ = first.parse_known_args()
     merged: dict[str, Any] = {}
-    for key in (("*", "*"), ("*", dataset), (task, "*"), (task, dataset)):
+    for key in (("*", "*"), ("*", typed.dataset), (typed.task, "*"), (typed.task, typed.dataset)):
         merged |= tuned.get(key, {})
-    if "quick" in typed and typed["quick"] != "False":
-        merged |= quick
+    merged |= quick if typed.quick else {}
     args = tyro.cli(args_class, default=dataclasses.replace(defaults, **merged), config=(tyro.conf.FlagCreatePairsOff,))
     args.data_dir, args.runs_dir = (args.data_dir or default_data_dir(), args.runs_dir or str(HERE / "runs"))
     if args.device == "auto":
@@ -848,23 +856,14 @@ def parse_args(args_class, tuned: dict, quick: dict):
         if not torch.cuda.is_available():
             raise UserError(f"--device {args.device}: there is no CUDA device here; --device cpu")
         torch.cuda.set_device(args.device if ":" in args.device else 0)
-        torch.backends.cudnn.benchmark = True  # the shapes never change
+    for name in ("steps", "batch_size", "log_every", "eval_episodes", "nstep"):
+        if (number := getattr(args, name, None)) is not None and number < 1:
+            raise UserError(f"--{name.replace('_', '-')} {number}: at least 1")
     if args.accelerate == "auto":
         args.accelerate = "eager"  # until compile and graph are measured to be faster and equal
     if args.precision == "auto":
         args.precision = "bf16" if has_bf16(args.device) else "fp32"
     return args
-
-
-def _typed(argv: list[str]) -> dict[str, str]:
-    """--flag value and --flag=value pairs as typed; a flag without a value maps to 'True'."""
-    typed = {}
-    for i, word in enumerate(argv):
-        if word.startswith("--"):
-            name, _, value = word[2:].partition("=")
-            following = argv[i + 1] if i + 1 < len(argv) and not argv[i + 1].startswith("--") else "True"
-            typed[name.replace("-", "_")] = value or following
-    return typed
 
 
 def one_line_errors(kind, error, trace) -> None:
@@ -912,6 +911,12 @@ def start_run(args, dataset: Dataset) -> "Run":
     return Run(base / script.stem / args.task / set_name / f"{tag}seed{args.seed}", args, dataset.facts(), script)
 
 
+def changed_code(script: Path, run: Path) -> bool:
+    """Whether a script differs from the copy that a run keeps, in more than comments and layout."""
+    copy = run / script.name
+    return copy.exists() and ast.dump(ast.parse(copy.read_text())) != ast.dump(ast.parse(script.read_text()))
+
+
 class Run:
     """A run folder: config, metrics, checkpoints, resume. Seeds torch and NumPy; holds the folder's lock."""
 
@@ -921,7 +926,7 @@ class Run:
             path.mkdir(parents=True, exist_ok=True)
             self.lock = lock_file(path / ".lock")
             if args.overwrite:
-                for entry in path.iterdir():
+                for entry in sorted(path.iterdir(), key=lambda entry: entry.name == "config.json"):  # that one last
                     if entry.name != ".lock":
                         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         self._check_config(script)
@@ -936,12 +941,17 @@ class Run:
         if args.eval_every is None:
             args.eval_every = -(-args.steps // 20)
         with _plain_errors(path):
-            config = {
-                "algo": script.stem, "args": dataclasses.asdict(args), "dataset": facts, "versions": versions(),
-                "hardware": hardware(args.device), "commit": _commit(script), "command": " ".join(sys.argv),
-            }  # fmt: skip
+            here = {"command": " ".join(sys.argv), "commit": _commit(script), "hardware": hardware(args.device),
+                    "versions": versions()}  # fmt: skip
+            if self._checkpoints():  # what began the run stays; what went on with it is listed beside it
+                config = json.loads((path / "config.json").read_text())
+                config["resumed"].append(here)
+            else:
+                config = {"algo": script.stem, **here, "resumed": []}
+                for file in (script, HERE / "common.py"):
+                    write_atomically(path / file.name, file.read_text())
+            config |= {"args": dataclasses.asdict(args), "dataset": facts}
             write_atomically(path / "config.json", json.dumps(config, indent=1, default=str))
-            shutil.copy(script, path / script.name)
         torch.manual_seed(args.seed)
         np.random.seed(args.seed)
         self.stop_signal, self.last_logged, self.last_saved, self.wall = (0, -1, time.monotonic(), 0.0)
@@ -952,22 +962,19 @@ class Run:
         begun = self._checkpoints() or (self.path / "finished.json").exists()
         if not file.exists() or not begun:
             return  # it ended before its first checkpoint: there is nothing that other flags could spoil
-        copy = self.path / script.name
-        if copy.exists() and ast.dump(ast.parse(copy.read_text())) != ast.dump(ast.parse(script.read_text())):
+        if changed_code(script, self.path):
             raise UserError(f"{script.name} has changed since {self.path} began (diff it with the copy there). "
                             "Give the new one a --tag, or --overwrite")  # fmt: skip
-        old, new = json.loads(file.read_text()), dataclasses.asdict(self.args)
-        changed = {
-            name: (old["args"].get(name), value)
-            for name, value in new.items()
-            if name not in FREE_FLAGS and json.loads(json.dumps(value, default=str)) != old["args"].get(name)
-        }
-        if self.args.steps < old["args"]["steps"]:
-            changed["steps"] = (old["args"]["steps"], self.args.steps)
+        if changed_code(HERE / "common.py", self.path):
+            print(f"warning: common.py has changed since {self.path} began (diff it with the copy there)")
+        old = json.loads(file.read_text())
         if self.args.eval_every is None:
             self.args.eval_every = old["args"]["eval_every"]
-        elif self.args.eval_every != old["args"]["eval_every"]:
-            changed["eval_every"] = (old["args"]["eval_every"], self.args.eval_every)
+        new = json.loads(json.dumps(dataclasses.asdict(self.args), default=str))
+        pairs = {name: (old["args"].get(name), value) for name, value in new.items() if name not in FREE_FLAGS}
+        changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+        if new["steps"] > old["args"]["steps"]:
+            del changed["steps"]  # may grow
         if old["dataset"]["hash"] != self.facts["hash"]:
             changed["dataset hash"] = (old["dataset"]["hash"], self.facts["hash"])
         if changed:
@@ -1040,13 +1047,14 @@ class Run:
         step = 0
         for folder in reversed(self._checkpoints()):
             try:
-                if sha256(folder / "state.pt") != (folder / "sha256").read_text():
-                    raise ValueError("its hash does not match")
-                state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            except Exception as error:  # whatever torch.load makes of a damaged file
-                print(f"warning: {folder} is damaged ({error}); falling back to the one before")
+                whole = sha256(folder / "state.pt") == (folder / "sha256").read_text()
+            except FileNotFoundError:
+                whole = False
+            if not whole:
+                print(f"warning: {folder} is damaged; falling back to the one before")
                 shutil.rmtree(folder)
                 continue
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
             for name, thing in objects.items():
                 thing.load_state_dict(state["objects"][name])
             _restore_generators(state["generators"])
@@ -1084,7 +1092,6 @@ class Run:
             write_atomically(temporary / "sha256", _save(state, temporary / "state.pt"))
             _fsync_folder(temporary)
             target = self.path / f"checkpoint-{step:09d}"
-            shutil.rmtree(target, ignore_errors=True)
             temporary.rename(target)
             _fsync_folder(self.path)
             for old in self._checkpoints()[:-2]:
@@ -1117,7 +1124,8 @@ class Run:
 
     def _on_signal(self, number: int, _) -> None:
         self.stop_signal = number
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.write(2, b"\nstopping after this update, with a checkpoint (once more: at once)\n")  # print may be mid-line
 
     # ---- what people see ----
@@ -1175,9 +1183,13 @@ def load_run(args):
         weights = torch.load(path / "weights.pt", map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"--evaluate {path}: {Path(error.filename).name} is missing; is the run finished?") from None
-    script = Path(sys.modules["__main__"].__file__).name
-    if not (path / script).exists():  # the copy that every run keeps
-        raise UserError(f"--evaluate {path} is a run of {config['algo']}.py, not of {script}")
+    script = Path(sys.modules["__main__"].__file__)
+    if not (path / script.name).exists():  # the copy that every run keeps
+        raise UserError(f"--evaluate {path} is a run of {config['algo']}.py, not of {script.name}")
+    if changed_code(script, path):
+        raise UserError(
+            f"{script.name} has changed since {path}; evaluate with the copy there: python {path / script.name}"
+        )
     kept = {name: value for name, value in config["args"].items() if hasattr(args, name)}
     kept |= {name: getattr(args, name) for name in ("device", "precision", "eval_episodes", "evaluate")}
     kept["eval_every"] = None  # 0 would mean: no environment
@@ -1200,6 +1212,8 @@ def accelerate(agent, name: str, args):
     graph (static inputs; outputs are cloned)."""
     if args.device == "cpu":
         keep_freed_memory()
+    torch.backends.cudnn.benchmark = True  # the shapes never change
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"  # else fp32 would round what convolutions multiply
     if args.accelerate == "compile":
         for loss in agent.LOSSES:
             setattr(agent, loss, torch.compile(getattr(agent, loss), fullgraph=True, dynamic=False))
@@ -1207,59 +1221,39 @@ def accelerate(agent, name: str, args):
         return getattr(agent, name)
     if not args.device.startswith("cuda"):
         raise UserError("--accelerate graph needs --device cuda")
-    return CudaGraph(agent, getattr(agent, name))
+    return CudaGraph(getattr(agent, name))
 
 
 class CudaGraph:
-    """Captures method(batch, *tensors) on its first call. Warm-up runs leave no trace: weights, optimisers and
-    generators are put back before the capture, which itself computes nothing."""
+    """method(batch, *tensors) as one CUDA graph.
 
-    def __init__(self, agent, method):
-        self.agent, self.method, self.graph = agent, method, None
+    The first three calls run it as it stands, on a side stream as torch asks of a warm-up: optimiser state must exist
+    before the capture, or every replay would zero it. The fourth call captures, which computes nothing, and replays."""
+
+    WARM_UP = 3
+
+    def __init__(self, method):
+        self.method, self.calls, self.stream = method, 0, torch.cuda.Stream()
 
     def __call__(self, batch: NamedTuple, *tensors: Tensor):
-        if self.graph is None:
-            self._capture(batch, tensors)
+        self.calls += 1
+        if self.calls <= self.WARM_UP:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                metrics = self.method(batch, *tensors)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return metrics
+        if self.calls == self.WARM_UP + 1:
+            self.batch = type(batch)(*(None if value is None else value.clone() for value in batch))
+            self.tensors = [value.clone() for value in tensors]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.metrics = self.method(self.batch, *self.tensors)
         for static, value in zip([*self.batch, *self.tensors], [*batch, *tensors]):
             if value is not None:
-                static.copy_(value, non_blocking=True)
+                static.copy_(value)
         self.graph.replay()
-        return {name: value.clone() for name, value in self.metrics.items()}
-
-    def _capture(self, batch, tensors) -> None:
-        self.batch = type(batch)(*(None if value is None else value.clone() for value in batch))
-        self.tensors = [value.clone() for value in tensors]
-        saved, generators = _clone(self.agent.state_dict()), _generators()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.method(self.batch, *self.tensors)
-        torch.cuda.current_stream().wait_stream(stream)
-        _put_back(self.agent.state_dict(), saved)
-        _restore_generators(generators)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.metrics = self.method(self.batch, *self.tensors)
-
-
-def _put_back(now, before) -> None:
-    """Copies `before` into the tensors of `now`, in place; optimiser state that was not there yet becomes zero.
-
-    It must stay: state that a capture has to make is made anew, that is zero, by every replay."""
-    if isinstance(now, dict):
-        for key, value in now.items():
-            _put_back(value, before.get(key) if isinstance(before, dict) else None)
-    elif isinstance(now, Tensor):
-        now.zero_() if before is None else now.copy_(before)
-
-
-def _clone(state):
-    if isinstance(state, dict):
-        return {key: _clone(value) for key, value in state.items()}
-    if isinstance(state, list):
-        return [_clone(value) for value in state]
-    return state.clone() if isinstance(state, Tensor) else state
+        return {name: value.clone() for name, value in self.metrics.items()}  # the next replay overwrites them
 
 
 def _require_finite(state, where: str) -> None:
@@ -1304,7 +1298,7 @@ def _fsync_folder(path: Path) -> None:
 
 
 def _commit(script: Path) -> str:
-    """The git commit (-dirty where files changed), or the script's sha256 outside a repository."""
+    """The git commit (-dirty where files changed), or the sha256 of script and common.py outside a repository."""
     git = ["git", "-C", str(script.parent)]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -1312,4 +1306,5 @@ def _commit(script: Path) -> str:
             [*git, "status", "--porcelain", "--", str(script), str(HERE / "common.py")], capture_output=True, text=True
         ).stdout.strip()
         return commit[:12] + ("-dirty" if dirty else "")
-    return "sha256:" + sha256(script)[:12]
+    both = script.read_bytes() + (HERE / "common.py").read_bytes()
+    return "sha256:" + hashlib.sha256(both).hexdigest()[:12]

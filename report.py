@@ -64,8 +64,10 @@ def row_of(config: dict, finished: dict, evaluations: list[Row]) -> Row:
             row |= {f"{name}_last": round(values[-1], 2), f"{name}_late_mean": round(sum(late) / len(late), 2)}
     row |= {"steps": finished["steps"], "wall_s": finished["wall_s"]}
     row |= {name: finished.get(name) for name in ("env_steps", "episodes")}  # of runs that also collect
-    row |= {name: config[name] for name in ("commit", "command")}
-    row["hardware"] = f"{config['hardware']}, {args['precision']}, {args['accelerate']}"
+    parts = [config, *config["resumed"]]  # each process that trained a part of the run
+    row |= {"command": parts[-1]["command"], "commit": " ".join(dict.fromkeys(part["commit"] for part in parts))}
+    machines = " + ".join(dict.fromkeys(part["hardware"] for part in parts))
+    row["hardware"] = f"{machines}, {args['precision']}, {args['accelerate']}"
     row["versions"] = "; ".join(f"{name} {version}" for name, version in config["versions"].items())
     return {name: "" if row.get(name) is None else str(row[name]) for name in COLUMNS}
 

@@ -1,6 +1,6 @@
 """Behavioural cloning from pixels, the BC baseline of V-D4RL (arXiv:2206.04779).
 
-    L_pi = |pi(z) - a|^2,  z = encoder(random shift of three stacked frames)
+    L_pi = mean over batch and action dimensions of (pi(z) - a)^2,  z = encoder(random shift of three stacked frames)
 
 Dims: B batch, C = 3 * frame_stack channels, S pixels per side, A action, E embedding.
 Differs from the released code (marked DIFF n where it happens):
@@ -9,7 +9,8 @@ Differs from the released code (marked DIFF n where it happens):
   DIFF 3: random shifts are integer crops; theirs resamples with grid_sample, equal up to rounding.
   DIFF 4: --steps left out is the paper's 256 epochs; their default amounts to 1,408 at 100,000 transitions.
   DIFF 5: lr 1e-4, DrQ-v2's default; theirs 3e-4.
-  DIFF 6: each evaluation runs the same seeded episodes, the last one on the final weights; theirs draws on.
+  DIFF 6: each evaluation runs the same seeded episodes, the last one on the final weights; theirs are new each time.
+  DIFF 7: --precision auto is bf16 autocast where the hardware has it natively; theirs fp32.
 Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
 
 import sys
@@ -52,8 +53,8 @@ class Args:
     seed: int = 0  # of weights, sampling and augmentation; evaluation has seeds of its own
     tag: str = ""  # tells apart runs of the same task, set and seed with other flags
     runs_dir: str | None = None  # where run folders are; None: runs/ beside common.py
-    overwrite: bool = False  # start anew in a folder that holds a run
-    quick: bool = False  # small set, batch and step count: shows learning on two CPU cores; no benchmark row
+    overwrite: bool = False  # start anew in a folder that holds a run; without it the same command continues
+    quick: bool = False  # QUICK below: shows learning on two CPU cores in about 10 minutes; no benchmark row
     evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
     steps: int | None = None  # gradient updates; None: 256 epochs, one update per transition at batch 256 (Table 9)
     batch_size: int = 256  # transitions (Table 9)
@@ -62,7 +63,7 @@ class Args:
     hidden_dim: int = 1024  # width of the actor's two layers
     bc_noise: bool = False  # regress a noisy clipped sample (released code; its schedule: --noise-steps 125000)
     noise_start: float = 1.0  # std of that noise at step 0
-    noise_end: float = 0.1  # and after noise_steps
+    noise_end: float = 0.1  # and after noise_steps, which is later than most runs end
     noise_steps: int = 250_000  # gradient updates over which it falls linearly (Table 9: 500,000 loop turns)
     noise_clip: float = 0.3  # noise is clipped to +- this (Table 9)
     augment: Literal["shift", "none"] = "shift"  # random shift by up to 4 pixels, or off
@@ -70,7 +71,7 @@ class Args:
     eval_episodes: int = 10  # per evaluation
     log_every: int = 100  # gradient updates
     device: str = "auto"  # auto: cuda if there is one, else cpu
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the hardware has it natively
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the hardware has it (DIFF 7)
     accelerate: Literal["auto", "eager", "compile", "graph"] = "auto"  # same mathematics; auto: eager for now
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the frames are; auto: on the GPU if they fit
 
@@ -88,7 +89,8 @@ def init_weights(module: nn.Module) -> None:
     """Orthogonal weights, gain sqrt(2) in convolutions and 1 elsewhere, zero biases: DrQ-v2's."""
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.orthogonal_(module.weight, 2**0.5 if isinstance(module, nn.Conv2d) else 1.0)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 class Encoder(nn.Module):
@@ -109,7 +111,9 @@ class Encoder(nn.Module):
 
 
 class LastLayer(nn.Linear):
-    """Linear, in float32 also under autocast: bf16 would round an action to 0.004 and a value of 100 to 0.5."""
+    """Linear, in float32 also under autocast: bf16 would round an action to 0.004 and a value of 100 to 0.5.
+
+    Every head that gives an action or a value ends in one."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -137,6 +141,7 @@ class Actor(nn.Module):
 
 def scale_pixels(obs: Tensor) -> Tensor:
     """uint8 in 0..255 -> float32 in [-0.5, 0.5]."""
+    assert obs.dtype == torch.uint8  # floats would be scaled in place, perhaps twice
     return obs.float().div_(255).sub_(0.5)
 
 
@@ -175,7 +180,7 @@ class Agent(nn.Module):
         channels, size, _ = obs_shape
         self.encoder = Encoder(channels, size)
         self.actor = Actor(self.encoder.embed_dim, action_dim, args.feature_dim, args.hidden_dim)
-        self.apply(init_weights)
+        self.apply(init_weights)  # all of it: load pretrained weights after this line
         self.encoder.to(memory_format=torch.channels_last)  # faster convolutions, same numbers up to rounding
         on_cuda = args.device.startswith("cuda")
         self.optimizers = {"actor": torch.optim.Adam(self.parameters(), args.lr, fused=True, capturable=on_cuda)}
@@ -203,13 +208,15 @@ class Agent(nn.Module):
         """One gradient step."""
         with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             loss, metrics = self.actor_loss(batch, noise_std)
-        self.step("actor", loss)
+        self.minimize("actor", loss)
         return metrics
 
-    def step(self, name: str, loss: Tensor) -> None:
-        self.optimizers[name].zero_grad()
-        loss.backward()
-        self.optimizers[name].step()
+    def minimize(self, name: str, loss: Tensor) -> None:
+        """One step of an optimiser on its own parameters; no gradient is computed for others in the loss."""
+        optimizer = self.optimizers[name]
+        optimizer.zero_grad()
+        loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
+        optimizer.step()
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
@@ -217,7 +224,7 @@ class Agent(nn.Module):
         return self.actor(self.encoder(scale_pixels(obs)))
 
     def get_extra_state(self) -> dict:
-        """What torch adds to state_dict(): the optimisers."""
+        """What torch adds to state_dict(): the optimisers. What else an update changes belongs here, for resume."""
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 
     def set_extra_state(self, state: dict) -> None:
@@ -230,12 +237,14 @@ class Agent(nn.Module):
 
 def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.ndarray]]:
     """Mean action, the same episodes every time. Returns score and every return, frames of the first episode."""
+    agent.eval()
     obs, returns, frames = pool.reset(EVAL_SEED + np.arange(pool.count)), np.zeros(pool.count), []  # DIFF 6
     while not pool.done.all():
-        frames.append(obs[0, -3:].copy())  # a view would keep the frames of all episodes
+        frames.append(obs[0, -3:].copy())  # RGB of the newest frame; a view would keep the frames of all episodes
         action = agent.act(torch.from_numpy(obs).to(args.device))
         obs, reward, _ = pool.step(action.cpu().numpy())  # reward is 0 where the episode is over
         returns += reward
+    agent.train()
     return {"score": returns.mean() / 10, "return": returns.tolist()}, frames
 
 
@@ -256,7 +265,7 @@ def main(args: Args) -> None:
     dataset = open_dataset(args, size=84)  # 84 px if it is a standard set (made on the spot if missing)
     if args.steps is None:
         args.steps = 256 * dataset.num_transitions // args.batch_size  # DIFF 4: 256 epochs
-    run = start_run(args, dataset)  # folder, lock, config.json, a copy of this script
+    run = start_run(args, dataset)  # folder, lock, config.json, a copy of this script; seeds torch and NumPy
     pool = evaluation_pool(args, dataset.facts(), FRAME_STACK)  # its workers neither import this file nor touch CUDA
     buffer = TransitionBuffer(dataset, args.batch_size, frame_stack=FRAME_STACK, seed=args.seed, device=args.device,
                               buffer_device=args.buffer_device, next_obs=False)  # fmt: skip
@@ -264,7 +273,7 @@ def main(args: Args) -> None:
     update = accelerate(agent, "update", args)  # eager, its LOSSES compiled, or the whole as one CUDA graph
     step = run.load_checkpoint(agent=agent, buffer=buffer)  # 0 for a new run
     while step < args.steps:
-        metrics = update(buffer.sample(), noise_std(args, step))
+        metrics = update(buffer.sample(), noise_std(args, step))  # a batch is sorted by row: no half of it is random
         step += 1
         if run.log_due(step):
             run.log("train", step, {name: value.item() for name, value in metrics.items()})  # the only .item()

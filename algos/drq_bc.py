@@ -1,9 +1,11 @@
 """DrQ+BC (arXiv:2206.04779): DrQ-v2's twin critic, TD3+BC's actor, offline, from pixels.
 
     y    = reward + discount * min_j Q'_j(z', a'),  a' = clip(pi(z') + clipped noise)
-    L_Q  = sum_j |Q_j(z, a) - y|^2
-    L_pi = |a~ - a|^2 - lam * min_j Q_j(z, a~),  a~ = clip(pi(z) + clipped noise),
+    L_Q  = sum_j (Q_j(z, a) - y)^2
+    L_pi = (a~ - a)^2 - lam * min_j Q_j(z, a~),  a~ = clip(pi(z) + clipped noise),
            lam = bc_alpha / mean|min_j Q_j(z, a~)|  (2106.06860 Eq. 5, there with Q(s, a) of the data)
+
+All losses are means over the batch, (a~ - a)^2 also over the action dimensions.
 
 z = encoder(random shift of three stacked frames), z' of the frames n steps later; the encoder learns from L_Q alone.
 Dims: B batch, C = 3 * frame_stack channels, S pixels per side, A action, E embedding.
@@ -13,8 +15,9 @@ Differs from the released code (marked DIFF n where it happens):
   DIFF 3: random shifts are integer crops; theirs resamples with grid_sample, equal up to rounding.
   DIFF 4: --steps left out is the paper's 256 epochs; their default amounts to 1,408 at 100,000 transitions.
   DIFF 5: the bootstrap factor is the product of the n discounts; theirs the last one (equal where none is 0).
-  DIFF 6: each evaluation runs the same seeded episodes, the last one on the final weights; theirs draws on.
+  DIFF 6: each evaluation runs the same seeded episodes, the last one on the final weights; theirs are new each time.
   DIFF 7: mean|Q| has a floor of 1e-3.
+  DIFF 8: --precision auto is bf16 autocast where the hardware has it natively; theirs fp32.
 Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
 
 import sys
@@ -57,8 +60,8 @@ class Args:
     seed: int = 0  # of weights, sampling and augmentation; evaluation has seeds of its own
     tag: str = ""  # tells apart runs of the same task, set and seed with other flags
     runs_dir: str | None = None  # where run folders are; None: runs/ beside common.py
-    overwrite: bool = False  # start anew in a folder that holds a run
-    quick: bool = False  # small set, batch and step count: shows learning on two CPU cores; no benchmark row
+    overwrite: bool = False  # start anew in a folder that holds a run; without it the same command continues
+    quick: bool = False  # QUICK below: shows learning on two CPU cores in about 10 minutes; no benchmark row
     evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
     steps: int | None = None  # gradient updates; None: 256 epochs, one update per transition at batch 256 (Table 9)
     batch_size: int = 256  # transitions (Table 9)
@@ -67,11 +70,11 @@ class Args:
     hidden_dim: int = 1024  # width of the two layers of actor and critics
     bc_alpha: float = 2.5  # weight of Q against BC (2106.06860 Eq. 5; 2206.04779 Table 9)
     bc_deterministic: bool = False  # BC term on the mean action, as TD3+BC writes it; default: the noisy sample
-    nstep: int = 3  # steps of reward before the bootstrap (Table 9; DIFF 2)
+    nstep: int = 3  # steps of reward before the bootstrap (Table 9; DIFF 2); an episode's last n - 1 actions go unused
     gamma: float = 0.99  # discount per control step
     tau: float = 0.01  # Polyak rate of the target critic, per update
     noise_start: float = 1.0  # std of the noise on sampled actions at step 0
-    noise_end: float = 0.1  # and after noise_steps
+    noise_end: float = 0.1  # and after noise_steps: runs of 100,000 end at 0.64, of 200,000 at 0.28
     noise_steps: int = 250_000  # gradient updates over which it falls linearly (Table 9: 500,000 loop turns; DIFF 2)
     noise_clip: float = 0.3  # noise is clipped to +- this (Table 9)
     augment: Literal["shift", "none"] = "shift"  # random shift by up to 4 pixels, or off
@@ -79,7 +82,7 @@ class Args:
     eval_episodes: int = 10  # per evaluation
     log_every: int = 100  # gradient updates
     device: str = "auto"  # auto: cuda if there is one, else cpu
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the hardware has it natively
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the hardware has it (DIFF 8)
     accelerate: Literal["auto", "eager", "compile", "graph"] = "auto"  # same mathematics; auto: eager for now
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the frames are; auto: on the GPU if they fit
 
@@ -97,7 +100,8 @@ def init_weights(module: nn.Module) -> None:
     """Orthogonal weights, gain sqrt(2) in convolutions and 1 elsewhere, zero biases: DrQ-v2's."""
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.orthogonal_(module.weight, 2**0.5 if isinstance(module, nn.Conv2d) else 1.0)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 class Encoder(nn.Module):
@@ -118,7 +122,9 @@ class Encoder(nn.Module):
 
 
 class LastLayer(nn.Linear):
-    """Linear, in float32 also under autocast: bf16 would round an action to 0.004 and a value of 100 to 0.5."""
+    """Linear, in float32 also under autocast: bf16 would round an action to 0.004 and a value of 100 to 0.5.
+
+    Every head that gives an action or a value ends in one."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -166,6 +172,7 @@ class Critic(nn.Module):
 
 def scale_pixels(obs: Tensor) -> Tensor:
     """uint8 in 0..255 -> float32 in [-0.5, 0.5]."""
+    assert obs.dtype == torch.uint8  # floats would be scaled in place, perhaps twice
     return obs.float().div_(255).sub_(0.5)
 
 
@@ -205,7 +212,7 @@ class Agent(nn.Module):
         self.encoder = Encoder(channels, size)
         dims = self.encoder.embed_dim, action_dim, args.feature_dim, args.hidden_dim
         self.actor, self.critic, self.critic_target = Actor(*dims), Critic(*dims), Critic(*dims)
-        self.apply(init_weights)
+        self.apply(init_weights)  # all of it: load pretrained weights after this line
         self.encoder.to(memory_format=torch.channels_last)  # faster convolutions, same numbers up to rounding
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.critic_target.requires_grad_(False)
@@ -243,28 +250,33 @@ class Agent(nn.Module):
         mean = self.actor(embed)
         action = self.noisy(mean, noise_std)
         q = torch.minimum(*self.critic(embed, action))
+        assert q.shape == batch.reward.shape and action.shape == batch.action.shape
         lam = self.args.bc_alpha / q.abs().mean().clamp_min(1e-3).detach()  # DIFF 7: Q may be 0 at first
         bc_loss = F.mse_loss(mean if self.args.bc_deterministic else action, batch.action)
         loss = bc_loss - lam * q.mean()
-        return loss, {"actor/loss": loss.detach(), "actor/bc_loss": bc_loss.detach(), "actor/q": q.detach().mean()}
+        metrics = {"actor/loss": loss, "actor/bc_loss": bc_loss, "actor/q": q.mean(), "actor/lam": lam}
+        return loss, {name: value.detach() for name, value in metrics.items()}
 
     def update(self, batch: Batch, noise_std: Tensor) -> Metrics:
-        """One gradient step of critic and encoder, one of the actor, one Polyak step of the target."""
+        """One gradient step of critic and encoder, one of the actor, one Polyak step of the target.
+
+        Two blocks of autocast: it keeps its casts of the weights until a block ends, those of the old critic too."""
         with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             critic_loss, embed, critic_metrics = self.critic_loss(batch, noise_std)
-        self.step("critic", critic_loss)  # outside autocast: its cache holds casts of the weights from before
+        self.minimize("critic", critic_loss)
         with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             actor_loss, actor_metrics = self.actor_loss(embed, batch, noise_std)
-        self.step("actor", actor_loss)
+        self.minimize("actor", actor_loss)
         with torch.no_grad():
-            for target, online in zip(self.critic_target.parameters(), self.critic.parameters()):
-                target.lerp_(online, self.args.tau)
+            torch._foreach_lerp_([*self.critic_target.parameters()], [*self.critic.parameters()], self.args.tau)
         return critic_metrics | actor_metrics
 
-    def step(self, name: str, loss: Tensor) -> None:
-        self.optimizers[name].zero_grad()
-        loss.backward()
-        self.optimizers[name].step()
+    def minimize(self, name: str, loss: Tensor) -> None:
+        """One step of an optimiser on its own parameters; no gradient is computed for others in the loss."""
+        optimizer = self.optimizers[name]
+        optimizer.zero_grad()
+        loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
+        optimizer.step()
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
@@ -272,7 +284,7 @@ class Agent(nn.Module):
         return self.actor(self.encoder(scale_pixels(obs)))
 
     def get_extra_state(self) -> dict:
-        """What torch adds to state_dict(): the optimisers."""
+        """What torch adds to state_dict(): the optimisers. What else an update changes belongs here, for resume."""
         return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
 
     def set_extra_state(self, state: dict) -> None:
@@ -285,12 +297,14 @@ class Agent(nn.Module):
 
 def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.ndarray]]:
     """Mean action, the same episodes every time. Returns score and every return, frames of the first episode."""
+    agent.eval()
     obs, returns, frames = pool.reset(EVAL_SEED + np.arange(pool.count)), np.zeros(pool.count), []  # DIFF 6
     while not pool.done.all():
-        frames.append(obs[0, -3:].copy())  # a view would keep the frames of all episodes
+        frames.append(obs[0, -3:].copy())  # RGB of the newest frame; a view would keep the frames of all episodes
         action = agent.act(torch.from_numpy(obs).to(args.device))
         obs, reward, _ = pool.step(action.cpu().numpy())  # reward is 0 where the episode is over
         returns += reward
+    agent.train()
     return {"score": returns.mean() / 10, "return": returns.tolist()}, frames
 
 
@@ -311,7 +325,7 @@ def main(args: Args) -> None:
     dataset = open_dataset(args, size=84)  # 84 px if it is a standard set (made on the spot if missing)
     if args.steps is None:
         args.steps = 256 * dataset.num_transitions // args.batch_size  # DIFF 4: 256 epochs
-    run = start_run(args, dataset)  # folder, lock, config.json, a copy of this script
+    run = start_run(args, dataset)  # folder, lock, config.json, a copy of this script; seeds torch and NumPy
     pool = evaluation_pool(args, dataset.facts(), FRAME_STACK)  # its workers neither import this file nor touch CUDA
     buffer = TransitionBuffer(dataset, args.batch_size, frame_stack=FRAME_STACK, nstep=args.nstep, gamma=args.gamma,
                               seed=args.seed, device=args.device, buffer_device=args.buffer_device)  # fmt: skip
@@ -319,7 +333,7 @@ def main(args: Args) -> None:
     update = accelerate(agent, "update", args)  # eager, its LOSSES compiled, or the whole as one CUDA graph
     step = run.load_checkpoint(agent=agent, buffer=buffer)  # 0 for a new run
     while step < args.steps:
-        metrics = update(buffer.sample(), noise_std(args, step))
+        metrics = update(buffer.sample(), noise_std(args, step))  # a batch is sorted by row: no half of it is random
         step += 1
         if run.log_due(step):
             run.log("train", step, {name: value.item() for name, value in metrics.items()})  # the only .item()

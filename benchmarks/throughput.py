@@ -108,7 +108,7 @@ def seconds_per_call(function: Callable, args: Args, device: str) -> float:
             torch.cuda.synchronize()
         return (time.perf_counter() - start) / calls
 
-    timed(2)  # the first compiles, captures or allocates
+    timed(5)  # the first allocate or compile; a graph is captured at the fourth
     calls = math.ceil(args.duration / timed(1))
     return statistics.median(timed(calls) for _ in range(args.repeats))
 

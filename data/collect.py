@@ -95,15 +95,16 @@ class SACPolicy:
             self.scale = arrays["scale"]
             self.layers = [(arrays[f"W{i}"], arrays[f"b{i}"]) for i in range(3)]
 
-    def act(self, state: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """state (D,) -> sampled action (A,) float32 on the 16-bit grid."""
+    def act(self, state: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        """state (D,) -> sampled action (A,) float32 on the 16-bit grid; the mean action where rng is None."""
         x = state / self.scale
         for i, (weight, bias) in enumerate(self.layers):
             x = x @ weight + bias
             x = np.maximum(x, 0) if i < 2 else x
         mean, log_std = np.split(x, 2)
         std = np.exp(-5 + 3.5 * (1 + np.tanh(log_std)))
-        action = np.tanh(mean + std * rng.standard_normal(len(mean), np.float32))
+        noise = rng.standard_normal(len(mean), np.float32) if rng else 0
+        action = np.tanh(mean + std * noise)
         return np.rint(action * GRID).astype(np.float32) / np.float32(GRID)
 
 
@@ -129,7 +130,7 @@ class Sampled:
     def __init__(self, args: Args, name: str, total: int, pool: EnvPool):
         action_dim = pool.call("action_size", [()] * pool.count)[0]
         self.policy = UniformPolicy(action_dim) if name == "random" else SACPolicy(policy_file(args.task, name))
-        self.name, self.seed, self.action_dim, self.total = name, args.seed, action_dim, total
+        self.name, self.seed, self.action_dim = name, args.seed, action_dim
 
     def start(self, pool: EnvPool, episodes: list[int]) -> None:
         self.rngs = [rng_of(self.name, self.seed, episode) for episode in episodes]
@@ -137,9 +138,6 @@ class Sampled:
 
     def actions(self, pool: EnvPool, episodes: list[int], t: int) -> np.ndarray:
         return np.stack([self.policy.act(info["state"], rng) for info, rng in zip(pool.infos, self.rngs)])
-
-    def finish(self, episodes: list[int], returns: np.ndarray) -> None:
-        pass
 
 
 class Recorded:
@@ -153,10 +151,9 @@ class Recorded:
         count = len(self.seeds)
         if total > count:
             raise UserError(f"--transitions: the recorded replay holds {count * EPISODE:,}")
-        self.chosen = ((np.arange(total) + 0.5) * count / total).astype(
-            int
-        )  # evenly spaced, all of them if total = count
-        self.action_dim, self.worst, self.wrong = self.grid.shape[-1], 0.0, 0
+        # evenly spaced; all of them if total = count
+        self.chosen = ((np.arange(total) + 0.5) * count / total).astype(int)
+        self.action_dim = self.grid.shape[-1]
 
     def start(self, pool: EnvPool, episodes: list[int]) -> None:
         pool.reset([self.seeds[self.chosen[e]] for e in episodes])
@@ -165,10 +162,6 @@ class Recorded:
         if t % STATE_EVERY == 0:
             pool.call("set_state", [(self.physics[self.chosen[e], t // STATE_EVERY],) for e in episodes])
         return np.stack([self.grid[self.chosen[e], t] for e in episodes]).astype(np.float32) / np.float32(GRID)
-
-    def finish(self, episodes: list[int], returns: np.ndarray) -> None:
-        error = np.abs(returns - [self.ret[self.chosen[e]] for e in episodes])
-        self.worst, self.wrong = max(self.worst, error.max()), self.wrong + int((error > 0.1).sum())
 
 
 def collect(args: Args, name: str, transitions: int, folder: Path) -> np.ndarray:
@@ -216,10 +209,10 @@ def rollouts(args: Args, name: str, total: int, folder: Path | None) -> np.ndarr
                     writer.add(frames, actions, rewards)
         returns = np.array(read_meta(folder)["episode_returns"])
     if isinstance(source, Recorded):
-        note = "as recorded" if source.wrong == 0 else "DIFFER from the record (another processor rounds differently)"
-        print(
-            f"re-simulated returns {note}; largest difference {source.worst:.4f}, above 0.1 in {source.wrong} episodes"
-        )
+        error = np.abs(returns - source.ret[source.chosen])
+        wrong = int((error > 0.1).sum())
+        note = "DIFFER from the record (another processor rounds differently)" if wrong else "as recorded"
+        print(f"re-simulated returns {note}; largest difference {error.max():.2f}, above 0.1 in {wrong} episodes")
     pool.close()
     return returns
 
@@ -229,7 +222,8 @@ def episodes_of(source, pool: EnvPool, episodes: range, args: Args):
     bar = progress_bar(len(episodes) * EPISODE, 0, "step")
     for first in range(episodes.start, episodes.stop, pool.count):
         batch = list(range(first, min(first + pool.count, episodes.stop)))
-        batch += [batch[-1]] * (pool.count - len(batch))  # the last round repeats an episode and drops it
+        real = len(batch)
+        batch += [batch[-1]] * (pool.count - real)  # the last round repeats an episode and drops it
         source.start(pool, batch)
         frames, actions, rewards = [pool.obs], [], []
         for t in range(EPISODE):
@@ -241,10 +235,8 @@ def episodes_of(source, pool: EnvPool, episodes: range, args: Args):
                 raise UserError(
                     f"--task {args.task}: its episodes end before {EPISODE} steps; no set is made of such tasks"
                 )
-            bar.update(len(set(batch)))
-        count = len(set(batch))  # without what the last round repeats
-        source.finish(batch[:count], np.sum(rewards, 0)[:count])
-        for i in range(count):
+            bar.update(real)
+        for i in range(real):
             images = np.stack([obs[i] for obs in frames])
             images = images.transpose(0, 2, 3, 1) if images.ndim == 4 else None
             yield images, np.stack([a[i] for a in actions]), np.array([r[i] for r in rewards])
@@ -273,7 +265,9 @@ def main(args: Args) -> None:
 
     if args.dataset == "medexp":
         each = None if args.transitions is None else args.transitions // 2
-        returns = np.concatenate([collect(args, name, each or 100_000, folder(name, each)) for name in PARTS])
+        returns = np.concatenate(
+            [collect(args, name, each or standard_transitions(args.task, name), folder(name, each)) for name in PARTS]
+        )
         if not args.stats_only:
             path = folder("medexp", args.transitions)
             path.mkdir(parents=True, exist_ok=True)
@@ -282,8 +276,8 @@ def main(args: Args) -> None:
                 meta = {"format": 1, "name": "medexp", "parts": parts, "returns": return_statistics(returns)}
                 write_atomically(path / "meta.json", json.dumps(meta, indent=1))
     else:
-        size = args.transitions or standard_transitions(args.task, args.dataset)
-        returns = collect(args, args.dataset, size, folder(args.dataset, args.transitions))
+        transitions = args.transitions or standard_transitions(args.task, args.dataset)
+        returns = collect(args, args.dataset, transitions, folder(args.dataset, args.transitions))
     print_statistics(args.task, args.dataset, returns)
     print(f"{time.time() - start:.0f} s")
 

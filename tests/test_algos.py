@@ -412,27 +412,27 @@ def test_each_step_of_drq_bc_moves_its_own_weights_alone():
 
     def moved_by(name, loss):
         before = {part: copy_of(module) for part, module in parts.items()}
-        agent.step(name, loss)
+        agent.minimize(name, loss)
         return {part for part, module in parts.items() if not same(module, before[part])}
 
     loss, embed, _ = agent.critic_loss(batch, std)
     assert moved_by("critic", loss) == {"encoder", "critic"}
-    encoder_gradients = [parameter.grad.clone() for parameter in agent.encoder.parameters()]
+    critics = [*agent.encoder.parameters(), *agent.critic.parameters()]
+    gradients = [parameter.grad.clone() for parameter in critics]
     loss, _ = agent.actor_loss(embed, batch, std)
     assert moved_by("actor", loss) == {"actor"}
-    for parameter, before in zip(agent.encoder.parameters(), encoder_gradients):
+    for parameter, before in zip(critics, gradients):
         assert torch.equal(parameter.grad, before)  # the actor's loss added nothing
 
 
-def test_critic_gradients_of_the_actor_loss_are_dropped():
-    """The actor's loss leaves gradients in the critic; the critic's next step must not use them."""
+def test_the_critic_steps_on_its_own_loss_alone():
     agent, batch = make_agent(drq_bc), make_batch()
     agent.update(batch, torch.tensor(0.5))
     torch.manual_seed(1)
     loss, _, _ = agent.critic_loss(batch, torch.tensor(0.5))
     expected = torch.autograd.grad(loss, list(agent.critic.parameters()))
     torch.manual_seed(1)
-    agent.step("critic", agent.critic_loss(batch, torch.tensor(0.5))[0])
+    agent.minimize("critic", agent.critic_loss(batch, torch.tensor(0.5))[0])
     for parameter, gradient in zip(agent.critic.parameters(), expected):
         torch.testing.assert_close(parameter.grad, gradient)
 
@@ -479,15 +479,15 @@ def test_state_restores_weights_and_optimisers(module):
     assert same(other, copy_of(agent))
 
 
-def three_updates(module, wrap=None, **flags):
-    """Metrics of three updates on three batches, and the agent."""
+def some_updates(module, wrap=None, count=3, **flags):
+    """Metrics of `count` updates on as many batches, and the agent."""
     agent = make_agent(module, **flags)
     device = agent.args.device
     agent.to(device)
     update = wrap(agent) if wrap else agent.update
     torch.manual_seed(1)
     metrics = []
-    for k in range(3):
+    for k in range(count):
         batch = common.Batch(*(value.to(device) for value in make_batch(seed=k)))
         metrics.append(update(batch, torch.tensor(0.5, device=device)))
     return agent, [{name: value.item() for name, value in row.items()} for row in metrics]
@@ -503,7 +503,7 @@ def assert_close_updates(one, two, tolerance: float) -> None:
 
 @BOTH
 def test_three_updates_are_reproducible_bit_by_bit(module):
-    (agent, rows), (other, others) = three_updates(module), three_updates(module)
+    (agent, rows), (other, others) = some_updates(module), some_updates(module)
     assert rows == others
     assert same(agent, copy_of(other))
 
@@ -512,7 +512,7 @@ def test_three_updates_are_reproducible_bit_by_bit(module):
 def test_bf16_stays_close_to_fp32(module):
     """bfloat16 keeps 8 bits: losses agree to 3 %. DrQ+BC's actor loss is coarser, for lam divides by mean|Q|, which is
     small in a new network. Adam moves a weight by at most about lr a step, so weights part by at most 3 * 2 lr."""
-    (agent, rows), (other, others) = three_updates(module), three_updates(module, precision="bf16")
+    (agent, rows), (other, others) = some_updates(module), some_updates(module, precision="bf16")
     for row, expected in zip(rows, others):
         for name, value in row.items():
             coarse = module is drq_bc and name == "actor/loss"
@@ -550,16 +550,17 @@ def test_compiled_losses_equal_eager(module):
         return common.accelerate(agent, "update", agent.args)
 
     with config.patch(fallback_random=True):  # eager's random numbers, else there is nothing to compare
-        compiled = three_updates(module, wrap, accelerate="compile")
-    assert_close_updates(compiled, three_updates(module), 1e-4)
+        compiled = some_updates(module, wrap, accelerate="compile")
+    assert_close_updates(compiled, some_updates(module), 1e-4)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @BOTH
 def test_cuda_graph_equals_eager(module):
-    flags = {"device": "cuda", "accelerate": "graph"}
-    graphed = three_updates(module, lambda agent: common.accelerate(agent, "update", agent.args), **flags)
-    assert_close_updates(graphed, three_updates(module, device="cuda"), 1e-4)
+    """Six updates: three warm-ups, the capture with its replay, two replays."""
+    flags = {"device": "cuda", "accelerate": "graph", "count": 6}
+    graphed = some_updates(module, lambda agent: common.accelerate(agent, "update", agent.args), **flags)
+    assert_close_updates(graphed, some_updates(module, device="cuda", count=6), 1e-4)
 
 
 @BOTH
@@ -567,25 +568,24 @@ def test_cuda_graph_wrapper_equals_eager_with_a_pretended_graph(module, monkeypa
     """Without CUDA: the capture is undone, a replay runs the method again on the static inputs.
 
     A capture must find the optimisers' state there: made inside, it would be zeroed again by every replay."""
-    fakes = {}
+    fakes, replays = {}, []
 
     class Graph:
         def replay(self):
             wrapper = fakes["wrapper"]
-            for name, value in wrapper.agent.update(wrapper.batch, *wrapper.tensors).items():
+            replays.append(1)
+            for name, value in wrapper.method(wrapper.batch, *wrapper.tensors).items():
                 wrapper.metrics[name].copy_(value)
 
     class Capture:
-        def __init__(self, graph):
-            self.agent = fakes["wrapper"].agent
+        def __init__(self, graph, stream):
+            self.agent = fakes["agent"]
 
         def __enter__(self):
             for optimizer in self.agent.optimizers.values():
                 for parameter in optimizer.param_groups[0]["params"]:
-                    state = optimizer.state[parameter]
-                    assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
-                    assert not any(value.any() for value in state.values())  # the warm-up left no trace
-            self.saved, self.random = common._clone(self.agent.state_dict()), torch.get_rng_state()
+                    assert set(optimizer.state[parameter]) == {"step", "exp_avg", "exp_avg_sq"}
+            self.saved, self.random = copy.deepcopy(self.agent.state_dict()), torch.get_rng_state()
 
         def __exit__(self, *_):
             self.agent.load_state_dict(self.saved)
@@ -600,10 +600,11 @@ def test_cuda_graph_wrapper_equals_eager_with_a_pretended_graph(module, monkeypa
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
 
     def wrap(agent):
-        fakes["wrapper"] = common.CudaGraph(agent, agent.update)
+        fakes["agent"], fakes["wrapper"] = agent, common.CudaGraph(agent.update)
         return fakes["wrapper"]
 
-    graphed, eager = three_updates(module, wrap), three_updates(module)
+    graphed, eager = some_updates(module, wrap, count=6), some_updates(module, count=6)
+    assert len(replays) == 3
     assert graphed[1] == eager[1]  # each row kept its own numbers: outputs are cloned
     assert same(graphed[0], copy_of(eager[0]))
 

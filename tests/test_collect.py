@@ -16,7 +16,7 @@ from collect import Args, SACPolicy
 from conftest import ENVIRONMENT, ROOT, run_python
 from test_data import digests, load
 
-from common import Dataset, UserError, make_env, return_statistics
+from common import Dataset, UserError, lock_file, make_env, return_statistics
 
 SHORT = 20  # steps of an episode in most tests here
 
@@ -232,7 +232,7 @@ def test_mixed_takes_evenly_spaced_episodes_and_replays_them(short, recorded, tm
     rewards = rows["reward"].reshape(episodes, SHORT + 1)[:, 1:]
     assert np.array_equal(rewards, recorded["reward"][chosen].astype(np.float32))
     out = capsys.readouterr().out
-    assert "re-simulated returns as recorded; largest difference 0.0000, above 0.1 in 0 episodes" in out
+    assert "re-simulated returns as recorded; largest difference 0.00, above 0.1 in 0 episodes" in out
 
 
 def test_mixed_says_where_it_differs_from_the_record(short, recorded, policies, tmp_path, capsys):
@@ -240,7 +240,7 @@ def test_mixed_says_where_it_differs_from_the_record(short, recorded, policies, 
     np.savez(policies / "walker-walk" / "mixed.npz", **changed)
     make(tmp_path, "mixed", episodes=3, workers=2)  # the last round has one episode for two workers
     assert "DIFFER from the record" in (out := capsys.readouterr().out)
-    assert "largest difference 0.2500, above 0.1 in 3 episodes" in out
+    assert "largest difference 0.25, above 0.1 in 3 episodes" in out
 
 
 def test_mixed_restores_the_recorded_physics(short, recorded, policies, tmp_path):
@@ -284,3 +284,54 @@ def test_flags_that_cannot_be(short, recorded, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="needs 0.00 GB, the disk has 0.00 GB free; give another --data-dir"):
         make(tmp_path, "random", episodes=3)
     assert not os.path.exists(tmp_path / "made" / "walker-walk" / "random-16px-60")
+
+
+# ---- train_sac.py ----
+
+
+def sac(folder: Path, steps: int, *flags) -> list:
+    train_sac = ROOT / "data" / "train_sac.py"
+    return [train_sac, "--task", "walker-walk", "--envs", 2, "--steps", steps, "--runs-dir", folder, *flags]
+
+
+@pytest.mark.slow
+def test_sac_killed_between_two_checkpoints_ends_as_if_never_killed(tmp_path):
+    """Everything is compared: networks, replay and what becomes the mixed set."""
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    words = [sys.executable, *map(str, sac(killed, 2000))]
+    process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    while not process.stdout.readline().startswith("    500 updates"):
+        assert process.poll() is None
+    time.sleep(1)  # on the way to update 1,000
+    process.kill()
+    process.communicate()
+    held = lock_file(killed / "walker-walk" / ".lock")
+    refused = run_python(*sac(killed, 2000))
+    assert refused.returncode == 1 and f"in use by process {os.getpid()}" in refused.stderr
+    held.close()
+    outputs = [run_python(*sac(folder, 2000)).stdout for folder in (killed, whole)]
+    assert "resumed at 500 updates" in outputs[0] and "resumed" not in outputs[1]
+    one, two = (torch.load(f / "walker-walk" / "checkpoint.pt", weights_only=True) for f in (killed, whole))
+    assert one["step"] == two["step"] == 1500  # the first of four rounds only collects
+    assert all(torch.equal(one["agent"][name], two["agent"][name]) for name in two["agent"])
+    for name in ("replay/action", "replay/reward", "record/physics", "record/seed", "record/ret"):
+        arrays = [np.load(folder / "walker-walk" / f"{name}.npy") for folder in (killed, whole)]
+        np.testing.assert_array_equal(*arrays)
+    assert (arrays[0] > 0).all() and len(arrays[0]) == 8
+    other = run_python(*sac(killed, 2000, "--seed", 1))
+    assert other.returncode == 1 and "another --seed" in other.stderr
+
+
+def test_exporting_what_was_never_trained_is_one_line(tmp_path):
+    result = run_python(*sac(tmp_path, 500, "--export", "medium"))
+    assert result.returncode == 1 and result.stderr.startswith("error: --export: ") and result.stderr.count("\n") == 1
+
+
+def test_collecting_without_tqdm_is_a_note(tmp_path):
+    script = "import sys, runpy; sys.modules['tqdm'] = None; sys.argv = sys.argv[1:]\n"
+    script += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    flags = ["--dataset", "random", "--transitions", 500, "--size", 16, "--workers", 1, "--data-dir", tmp_path]
+    result = run_python("-c", script, ROOT / "data" / "collect.py", *flags)
+    assert result.returncode == 0, result.stderr
+    assert "note: tqdm is not installed" in result.stdout
+    assert Dataset(tmp_path / "made" / "walker-walk" / "random-16px-500").num_transitions == 500

@@ -24,7 +24,13 @@ def write_run(path: Path, scores=(10.0, 80.0, 20.0, 30.0), success=None, finishe
     args = {"task": "walker-walk", "tag": "", "seed": 0, "quick": False} | args
     facts = {"set": "medium-84px", "source": source, "hash": "0123456789abcdef", "mean_return": 441.2345}
     args |= {"precision": "bf16", "accelerate": "eager"}
-    config = {"algo": "drq_bc", "args": args, "dataset": facts | {"render": "fast"}, "commit": "abc-dirty"}
+    config = {
+        "algo": "drq_bc",
+        "args": args,
+        "dataset": facts | {"render": "fast"},
+        "commit": "abc-dirty",
+        "resumed": [],
+    }
     config |= {"versions": {"torch": "2.13.0", "numpy": "2.3.5"}, "hardware": "2 cores of X, Y"}
     config |= {"command": 'algos/drq_bc.py --tag "a, b"'}
     path.mkdir(parents=True)

@@ -3,6 +3,7 @@
 A run that is meant to be real is a process of its own; what only needs main() runs in this one, which saves imports."""
 
 import csv
+import errno
 import gc
 import json
 import os
@@ -67,7 +68,8 @@ def train(monkeypatch, own_set, tmp_path):
             try:
                 module.main(common.parse_args(module.Args, module.TUNED, module.QUICK))
             except (SystemExit, UserError, KeyboardInterrupt) as error:
-                return error.with_traceback(None)  # the frames would hold the run's lock
+                error.__context__ = None
+                return error.with_traceback(None)  # frames, also those of a cause, would hold the run's lock
             finally:
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
@@ -135,7 +137,7 @@ def evaluated(tiny_set, tmp_path_factory) -> tuple[Path, subprocess.CompletedPro
 
 def test_a_run_leaves_its_files(evaluated):
     run, result = evaluated
-    names = {"config.json", "drq_bc.py", "finished.json", "weights.pt", "tensorboard", "evaluation.mp4"}
+    names = {"config.json", "drq_bc.py", "common.py", "finished.json", "weights.pt", "tensorboard", "evaluation.mp4"}
     assert {path.name for path in run.iterdir()} == names | {"train.csv", "eval.csv", ".lock"}
     assert steps_of(run) == [1, 2, 3, 4, 5, 6]
     assert steps_of(run, "eval") == [2, 4, 6]
@@ -432,6 +434,82 @@ def test_rows_after_the_checkpoint_are_cut(train):
     assert steps_of(run) == list(range(1, 25))
 
 
+def test_a_resume_is_written_down_beside_what_began_the_run(train, monkeypatch):
+    train("bc", "--steps", 40, crash=26)
+    first = json.loads((train.folder("bc") / "config.json").read_text())
+    assert first["resumed"] == []
+    monkeypatch.setattr(common, "_commit", lambda script: "0123456789ab")
+    monkeypatch.setattr(common, "hardware", lambda device: "another machine")
+    assert train("bc", "--steps", 60) is None
+    config = json.loads((train.folder("bc") / "config.json").read_text())
+    assert [part["commit"] for part in config["resumed"]] == ["0123456789ab"]
+    assert config["resumed"][0]["hardware"] == "another machine"
+    assert {name: config[name] for name in ("commit", "hardware", "command", "versions")} == {
+        name: first[name] for name in ("commit", "hardware", "command", "versions")
+    }
+    assert config["args"] == first["args"] | {"steps": 60}
+
+
+# ---- disks ----
+
+
+def refuse_writes(monkeypatch, run: Path, number: int) -> None:
+    """From here on no file below `run` opens for writing, as on a full (ENOSPC) or read-only (EROFS) disk."""
+    original = open
+
+    def refusing(file, mode="r", *args, **kwargs):
+        if set(mode) & set("wax+") and str(file).startswith(str(run)):
+            raise OSError(number, os.strerror(number))
+        return original(file, mode, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", refusing)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_fills_under_a_run_is_one_line_and_keeps_the_checkpoints(number, train, monkeypatch):
+    run = train.folder("bc")
+
+    def update(original, count, *args):
+        if count == 23:
+            refuse_writes(monkeypatch, run, number)
+        return original(*args)
+
+    error = train("bc", "--steps", 40, update=update)
+    assert isinstance(error, UserError)
+    assert str(error) == f"{run}: {os.strerror(number)}; what was complete before is kept"
+    assert checkpoints(run) == ["checkpoint-000000020", "checkpoint-000000022"]
+    monkeypatch.undo()
+    assert steps_of(run) == list(range(1, 23))
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(train, monkeypatch):
+    """Small files still fit: the metrics of step 24 are written, its checkpoint is not, and the run continues."""
+    run, original = train.folder("bc"), common._save
+
+    def full(state, path):
+        if state["step"] == 24:
+            path.write_bytes(b"the first half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(state, path)
+
+    monkeypatch.setattr(common, "_save", full)
+    error = train("bc", "--steps", 40)
+    assert isinstance(error, UserError)
+    assert "No space left on device" in str(error)
+    assert checkpoints(run) == ["checkpoint-000000020", "checkpoint-000000022", "checkpoint.tmp"]
+    monkeypatch.setattr(common, "_save", original)
+    assert train("bc", "--steps", 40) is None
+    assert train("bc", "--steps", 40, "--tag", "whole") is None
+    assert metrics_of(run) == metrics_of(train.folder("bc", "whole-seed0"))
+    assert equal_weights(run, train.folder("bc", "whole-seed0"))
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(own_set, tmp_path):
+    (tmp_path / "runs").write_text("a file where the folder should be")
+    flags = ["--dataset", own_set, "--steps", 6, "--runs-dir", tmp_path / "runs", *SMALL]
+    assert_one_line(run_python(ROOT / "algos" / "bc.py", *flags, env=CHILD), str(tmp_path / "runs"))
+
+
 # ---- numbers that are not finite ----
 
 
@@ -612,6 +690,11 @@ def test_an_unknown_task_is_one_line(tmp_path):
     flags = ["--task", "walker-fly", "--dataset", "random", "--data-dir", tmp_path / "data", "--runs-dir", tmp_path]
     result = run_python(ROOT / "algos" / "drq_bc.py", *flags, env=CHILD)
     assert_one_line(result, "--task walker-fly", "walker-walk")
+
+
+@pytest.mark.parametrize("flag", ["--steps", "--batch-size", "--log-every", "--eval-episodes"])
+def test_counts_below_one_are_refused(flag, train):
+    assert str(train("bc", "--steps", 6, flag, 0)) == f"{flag} 0: at least 1"
 
 
 def test_an_unknown_flag_is_named(tmp_path):
