@@ -911,6 +911,11 @@ def start_run(args, dataset: Dataset) -> "Run":
     return Run(base / script.stem / args.task / set_name / f"{tag}seed{args.seed}", args, dataset.facts(), script)
 
 
+def late_mean(values: list[float]) -> float:
+    """Mean of the last max(2, 10 %) evaluations."""
+    return float(np.mean(values[-max(2, round(len(values) / 10)) :]))
+
+
 def changed_code(script: Path, run: Path) -> bool:
     """Whether a script differs from the copy that a run keeps, in more than comments and layout."""
     copy = run / script.name
@@ -986,7 +991,7 @@ class Run:
     def log_due(self, step: int) -> bool:
         """Also moves the progress bar: call it once a step."""
         self._tick(step)
-        return step % self.args.log_every == 0 or self.eval_due(step) or self._late() or bool(self.stop_signal)
+        return step % self.args.log_every == 0 or self._save_due(step)
 
     def eval_due(self, step: int) -> bool:
         """20 times a run, and at its end. Where --eval-every is 0 these are checkpoints alone."""
@@ -995,10 +1000,11 @@ class Run:
 
     def checkpoint_due(self, step: int) -> bool:
         """At every evaluation, every 5 minutes, and when asked to stop; only right after metrics were seen finite."""
-        return self.last_logged == step and (self.eval_due(step) or self._late() or bool(self.stop_signal))
+        return self.last_logged == step and self._save_due(step)
 
-    def _late(self) -> bool:
-        return time.monotonic() - self.last_saved > CHECKPOINT_SECONDS
+    def _save_due(self, step: int) -> bool:
+        late = time.monotonic() - self.last_saved > CHECKPOINT_SECONDS
+        return self.eval_due(step) or late or bool(self.stop_signal)
 
     def log(self, part: str, step: int, metrics: dict[str, Any]) -> None:
         """Appends a row to <part>.csv and TensorBoard. A list spreads over numbered columns.
@@ -1111,8 +1117,7 @@ class Run:
         if (self.path / "eval.csv").exists():
             with open(self.path / "eval.csv", newline="") as handle:
                 scores = [float(row["score"]) for row in csv.DictReader(handle)]
-            late = scores[-max(2, round(len(scores) / 10)) :]
-            summary |= {"score_last": round(scores[-1], 2), "score_late_mean": round(float(np.mean(late)), 2)}
+            summary |= {"score_last": round(scores[-1], 2), "score_late_mean": round(late_mean(scores), 2)}
         write_atomically(self.path / "finished.json", json.dumps(summary))
         for old in self._checkpoints():
             shutil.rmtree(old)

@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import HERE, UserError, lock_file, one_line_errors, write_atomically
+from common import HERE, UserError, late_mean, lock_file, one_line_errors, write_atomically
 
 KEY = ("algo", "task", "dataset", "source", "tag", "seed", "quick")  # one row per run
 COLUMNS = ("algo", "task", "dataset", "source", "data_hash", "data_mean", "render", "tag", "seed", "steps", "quick",
@@ -60,8 +60,7 @@ def row_of(config: dict, finished: dict, evaluations: list[Row]) -> Row:
             values = [float(evaluation[name]) for evaluation in evaluations]
             if not all(map(math.isfinite, values)):
                 raise ValueError(f"eval.csv: a {name} is not finite")
-            late = values[-max(2, round(len(values) / 10)) :]
-            row |= {f"{name}_last": round(values[-1], 2), f"{name}_late_mean": round(sum(late) / len(late), 2)}
+            row |= {f"{name}_last": round(values[-1], 2), f"{name}_late_mean": round(late_mean(values), 2)}
     row |= {"steps": finished["steps"], "wall_s": finished["wall_s"]}
     row |= {name: finished.get(name) for name in ("env_steps", "episodes")}  # of runs that also collect
     parts = [config, *config["resumed"]]  # each process that trained a part of the run

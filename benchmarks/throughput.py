@@ -256,6 +256,9 @@ def main(args: Args) -> None:
         raise UserError(f"--repeats {args.repeats}: at least 1")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device.startswith("cuda:"):
+        torch.cuda.set_device(args.device)
+    torch.backends.cudnn.allow_tf32 = False  # of the calibration; accelerate() sets it for the updates
     machine = {"hardware": hardware(args.device), "versions": versions(), "torch_threads": torch.get_num_threads()}
     print(f"{machine['hardware']}; {machine['torch_threads']} torch threads; device {args.device}; "
           + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()))  # fmt: skip

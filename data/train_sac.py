@@ -111,7 +111,7 @@ class SAC(nn.Module):
 
     def _step(self, name: str, loss: torch.Tensor) -> None:
         self.optimizers[name].zero_grad()
-        loss.backward()
+        loss.backward(inputs=self.optimizers[name].param_groups[0]["params"])
         self.optimizers[name].step()
 
     def save_actor(self, path: Path, **facts) -> None:
