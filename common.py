@@ -1040,7 +1040,7 @@ class Run:
             self.bar.write(f"step {step}: score {row['score']:.1f}")
         else:
             self.bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k.endswith("loss")}, refresh=False)
-        self.last_logged = step if part == "train" else self.last_logged
+            self.last_logged = step
 
     def wall_s(self) -> float:
         """Seconds this run has taken, over all its resumes, evaluation included."""

@@ -425,6 +425,18 @@ def test_each_step_of_drq_bc_moves_its_own_weights_alone():
         assert torch.equal(parameter.grad, before)  # the actor's loss added nothing
 
 
+@BOTH
+def test_minimize_reaches_every_group_of_an_optimiser(module):
+    """A learning rate of its own for one layer is a common change to a copied file."""
+    agent = make_agent(module)
+    first, *rest = agent.actor.parameters()
+    agent.optimizers["actor"] = torch.optim.Adam([{"params": [first], "lr": 1e-5}, {"params": rest}], 1e-3)
+    before = [parameter.detach().clone() for parameter in agent.actor.parameters()]
+    agent.update(make_batch(), torch.tensor(0.5))
+    for now, then in zip(agent.actor.parameters(), before):
+        assert not torch.equal(now, then)
+
+
 def test_the_critic_steps_on_its_own_loss_alone():
     agent, batch = make_agent(drq_bc), make_batch()
     agent.update(batch, torch.tensor(0.5))
@@ -626,7 +638,7 @@ def test_bc_on_a_set_of_64_px(tmp_path):
 
 @BOTH
 def test_evaluate_plays_the_mean_action_on_its_own_seeds(module):
-    agent, played = make_agent(module), []
+    agent, played, modes = make_agent(module), [], []
 
     class Pool:
         """Three episodes of 2, 3 and 4 steps; the reward is 1 a step and 0 once an episode is over."""
@@ -642,6 +654,7 @@ def test_evaluate_plays_the_mean_action_on_its_own_seeds(module):
 
         def step(self, actions):
             played.append(actions)
+            modes.append(agent.training)
             reward, self.t = (~self.done).astype(float), self.t + 1
             self.done = self.t >= self.lengths
             return self.frames(), reward, np.zeros(3, bool)
@@ -651,6 +664,7 @@ def test_evaluate_plays_the_mean_action_on_its_own_seeds(module):
     state = torch.get_rng_state()
     metrics, frames = module.evaluate(agent, pool, agent.args)
     assert pool.seeds == [1_000_000, 1_000_001, 1_000_002]
+    assert modes == [False] * 4 and agent.training  # a dropout or batch norm of yours rests meanwhile
     assert metrics == {"score": pytest.approx(0.3), "return": [2.0, 3.0, 4.0]}  # mean return / 10
     assert torch.equal(torch.get_rng_state(), state)
     np.testing.assert_array_equal(played[1], agent.act(make_batch(count=3, seed=1).obs).numpy())
