@@ -140,9 +140,9 @@ class Actor(nn.Module):
 
 
 def scale_pixels(obs: Tensor) -> Tensor:
-    """uint8 in 0..255 -> float32 in [-0.5, 0.5]."""
+    """(B, C, S, S) uint8 in 0..255 -> float32 in [-0.5, 0.5], in memory as the convolutions read it."""
     assert obs.dtype == torch.uint8  # floats would be scaled in place, perhaps twice
-    return obs.float().div_(255).sub_(0.5)
+    return obs.to(torch.float32, memory_format=torch.channels_last).div_(255).sub_(0.5)
 
 
 def random_shift(obs: Tensor, pad: int = 4) -> Tensor:

@@ -240,11 +240,11 @@ def test_augment_flag(module):
 
 @BOTH
 def test_scale_pixels(module):
-    obs = torch.tensor([0, 51, 102, 255], dtype=torch.uint8)
+    obs = torch.tensor([0, 51, 102, 255], dtype=torch.uint8).view(1, 1, 2, 2)
     scaled = module.scale_pixels(obs)
     assert scaled.dtype == torch.float32
-    torch.testing.assert_close(scaled, torch.tensor([-0.5, -0.3, -0.1, 0.5]), atol=1e-7, rtol=0)
-    assert obs.tolist() == [0, 51, 102, 255]
+    torch.testing.assert_close(scaled, torch.tensor([[[[-0.5, -0.3], [-0.1, 0.5]]]]), atol=1e-7, rtol=0)
+    assert obs.flatten().tolist() == [0, 51, 102, 255]
 
 
 @BOTH
