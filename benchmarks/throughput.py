@@ -44,6 +44,7 @@ from common import (  # noqa: E402
     cores,
     hardware,
     has_bf16,
+    keep_freed_memory,
     make_env,
     one_line_errors,
     versions,
@@ -167,6 +168,7 @@ def update_seconds(algo: str, next_obs: bool, precision: str, how: str, args: Ar
 
 
 def measure_buffer(table: Table, args: Args, dataset: Dataset) -> None:
+    keep_freed_memory()  # as every run on a CPU does
     for device in dict.fromkeys(("cpu", args.device)):
         buffer = TransitionBuffer(dataset, args.batch_size, nstep=3, device=device, buffer_device="auto")
         value = seconds_per_call(buffer.sample, args, device)
