@@ -265,7 +265,7 @@ def main(args: Args) -> None:
     dataset = open_dataset(args, size=84)  # 84 px if it is a standard set (made on the spot if missing)
     if args.steps is None:
         args.steps = 256 * dataset.num_transitions // args.batch_size  # DIFF 4: 256 epochs
-    run = start_run(args, dataset)  # folder, lock, config.json, a copy of this script; seeds torch and NumPy
+    run = start_run(args, dataset)  # folder, lock, config.json, copies of the code; seeds torch and NumPy
     pool = evaluation_pool(args, dataset.facts(), FRAME_STACK)  # its workers neither import this file nor touch CUDA
     buffer = TransitionBuffer(dataset, args.batch_size, frame_stack=FRAME_STACK, seed=args.seed, device=args.device,
                               buffer_device=args.buffer_device, next_obs=False)  # fmt: skip

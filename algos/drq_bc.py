@@ -6,7 +6,6 @@
            lam = bc_alpha / mean|min_j Q_j(z, a~)|  (2106.06860 Eq. 5, there with Q(s, a) of the data)
 
 All losses are means over the batch, (a~ - a)^2 also over the action dimensions.
-
 z = encoder(random shift of three stacked frames), z' of the frames n steps later; the encoder learns from L_Q alone.
 Dims: B batch, C = 3 * frame_stack channels, S pixels per side, A action, E embedding.
 Differs from the released code (marked DIFF n where it happens):
@@ -325,7 +324,7 @@ def main(args: Args) -> None:
     dataset = open_dataset(args, size=84)  # 84 px if it is a standard set (made on the spot if missing)
     if args.steps is None:
         args.steps = 256 * dataset.num_transitions // args.batch_size  # DIFF 4: 256 epochs
-    run = start_run(args, dataset)  # folder, lock, config.json, a copy of this script; seeds torch and NumPy
+    run = start_run(args, dataset)  # folder, lock, config.json, copies of the code; seeds torch and NumPy
     pool = evaluation_pool(args, dataset.facts(), FRAME_STACK)  # its workers neither import this file nor touch CUDA
     buffer = TransitionBuffer(dataset, args.batch_size, frame_stack=FRAME_STACK, nstep=args.nstep, gamma=args.gamma,
                               seed=args.seed, device=args.device, buffer_device=args.buffer_device)  # fmt: skip

@@ -262,7 +262,7 @@ def export_actor(args: Args, name: str, out: Path, target: Path) -> None:
         actor = out / "actors" / f"{step:07d}.npz"
         sampled, mean_action = (returns_of(args.task, actor, kind) for kind in (True, False))
         distance = abs(sampled.mean() - wanted) + abs(sampled.std() - spread) + abs(mean_action.mean() - wanted)
-        far = abs(sampled.mean() / wanted - 1) > 0.05
+        far = bool(abs(sampled.mean() / wanted - 1) > 0.05)
         tried.append((far, distance, step))
         print(f"{name}: {step} updates, 50 episodes: {sampled.mean():.1f} +- {sampled.std():.1f}, "
               f"mean action {mean_action.mean():.1f} +- {mean_action.std():.1f}", flush=True)  # fmt: skip
