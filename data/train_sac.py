@@ -225,9 +225,9 @@ def train(args: Args) -> None:
         torch.save(saved, out / "checkpoint.tmp")
         os.replace(out / "checkpoint.tmp", checkpoint)
         rate = (step - start_step) / (time.time() - start_time)
-        left = (rounds * EPISODE - step) / max(rate, 1e-9) / 60
+        left = f"{(rounds - done_rounds) * EPISODE / rate / 60:5.1f} min left" if rate else ""
         print(f"{step:7d} updates  {(first + args.envs) * EPISODE:8d} transitions  sampled return "
-              f"{returns.mean():6.1f}  {rate:5.1f} updates/s  {left:5.1f} min left", flush=True)  # fmt: skip
+              f"{returns.mean():6.1f}  {rate:5.1f} updates/s  {left}", flush=True)  # fmt: skip
 
 
 def returns_of(task: str, actor: Path, sampled: bool, episodes: int = 50) -> np.ndarray:

@@ -12,7 +12,7 @@ import collect
 import numpy as np
 import pytest
 import torch
-from collect import Args, SACPolicy
+from collect import POLICIES, Args, SACPolicy
 from conftest import ENVIRONMENT, ROOT, run_python
 from test_data import digests, load
 
@@ -325,6 +325,67 @@ def test_sac_killed_between_two_checkpoints_ends_as_if_never_killed(tmp_path):
 def test_exporting_what_was_never_trained_is_one_line(tmp_path):
     result = run_python(*sac(tmp_path, 500, "--export", "medium"))
     assert result.returncode == 1 and result.stderr.startswith("error: --export: ") and result.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """A run folder of five rounds of two environments with actors 100 to 500, whose rounds scored 100 to 500."""
+    import train_sac
+
+    out = tmp_path / "runs" / "walker-walk"
+    for folder in (out / "record", out / "actors"):
+        folder.mkdir(parents=True)
+    torch.save({"rounds": 5, "envs": 2}, out / "checkpoint.pt")
+    np.save(out / "record" / "updates.npy", np.repeat([100, 200, 300, 400, 500, 0], 2))  # the last row: not yet made
+    np.save(out / "record" / "ret.npy", np.repeat([100.0, 200, 300, 400, 500, 0], 2) + np.tile([-5.0, 5], 6))
+    for step in (100, 200, 300, 400, 500, 600):  # 600: later than the checkpoint
+        np.savez(out / "actors" / f"{step:07d}.npz", updates=step)
+    monkeypatch.setattr(train_sac, "POLICIES", tmp_path / "policies")
+    return train_sac
+
+
+@pytest.mark.parametrize(
+    "means, chosen, looked_at, note",
+    [  # step: (mean of the sampled actions, of the mean action); the published mean is 439.6 +- 48.4
+        ({300: (440, 440), 400: (430, 350), 500: (445, 430)}, 300, [300, 400, 500], ""),
+        ({300: (440, 340), 400: (430, 438), 500: (445, 200)}, 400, [300, 400, 500], ""),  # the mean action counts
+        ({300: (410, 440), 400: (419, 419), 500: (480, 440)}, 400, [300, 400, 500], ""),  # 300 is nearer, but 7 % off
+        ({400: (300, 300), 500: (700, 700)}, 400, [400, 500], ", NONE within 5 % of it"),
+    ],
+)
+def test_export_takes_the_actor_nearest_to_the_published_set(
+    trained, tmp_path, monkeypatch, capsys, means, chosen, looked_at, note
+):
+    asked = []
+
+    def returns_of(task, actor, sampled, episodes=50):
+        step = int(np.load(actor)["updates"])
+        asked.append(step)
+        return means[step][0 if sampled else 1] + np.array([-48.4, 48.4])  # the published deviation
+
+    monkeypatch.setattr(trained, "returns_of", returns_of)
+    flags = {"export": ("medium",), "candidates": len(looked_at), "runs_dir": tmp_path / "runs"}
+    trained.main(trained.Args(task="walker-walk", **flags))
+    assert asked[::2] == looked_at
+    assert int(np.load(tmp_path / "policies" / "walker-walk" / "medium.npz")["updates"]) == chosen
+    assert f"chose {chosen} updates (published mean 439.6{note})" in capsys.readouterr().out
+
+
+def test_returns_of_an_actor_are_those_of_its_episodes_one_by_one():
+    import train_sac
+
+    path = POLICIES / "walker-walk" / "medium.npz"
+    for sampled in (True, False):
+        expected = []
+        for i in range(2):
+            env, policy, total = make_env("walker-walk", size=None), SACPolicy(path), 0.0
+            rng = np.random.default_rng([7, i]) if sampled else None
+            (_, info), truncated = env.reset(i), False
+            while not truncated:
+                _, reward, _, truncated, info = env.step(policy.act(info["state"], rng))
+                total += reward
+            expected.append(total)
+        np.testing.assert_allclose(train_sac.returns_of("walker-walk", path, sampled, 2), expected, rtol=1e-6)
 
 
 def test_collecting_without_tqdm_is_a_note(tmp_path):
