@@ -845,7 +845,8 @@ def parse_args(args_class, tuned: dict, quick: dict):
     first.add_argument("--quick", action="store_true")
     typed, _ = first.parse_known_args()
     merged: dict[str, Any] = {}
-    for key in (("*", "*"), ("*", typed.dataset), (typed.task, "*"), (typed.task, typed.dataset)):
+    keys = ("*", "*"), ("*", typed.dataset), (typed.task, "*"), (typed.task, typed.dataset)
+    for key in keys:
         merged |= tuned.get(key, {})
     merged |= quick if typed.quick else {}
     args = tyro.cli(args_class, default=dataclasses.replace(defaults, **merged), config=(tyro.conf.FlagCreatePairsOff,))
@@ -863,6 +864,10 @@ def parse_args(args_class, tuned: dict, quick: dict):
         args.accelerate = "eager"  # until compile and graph are measured to be faster and equal
     if args.precision == "auto":
         args.precision = "bf16" if has_bf16(args.device) else "fp32"
+    for name in sorted({name for values in tuned.values() for name in values}):
+        if not any(name in tuned.get(key, {}) for key in keys) and not getattr(args, "evaluate", None):
+            row = f"{args.task} {args.dataset} has no value of its own for"
+            print(f"note: {row} --{name.replace('_', '-')}; it is {getattr(args, name)}")
     return args
 
 

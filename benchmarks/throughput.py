@@ -51,7 +51,7 @@ from common import (  # noqa: E402
 )
 
 # V-D4RL's released code, measured on 2 cores of an AMD EPYC (Zen 5) and nowhere else.
-RELEASED = {"drq_bc": 1.70, "bc": 1.18}  # seconds per update, float32
+RELEASED = {"drq_bc": 1.70, "bc": 1.18, "cql": 4.53}  # seconds per update, float32
 RELEASED_BATCH, RELEASED_OPEN, RELEASED_MEMORY = 5.4, 3.0, 1500.0  # ms; s and MB to load 20,000 frames
 NOTE = """ratio: other code / measured; above 1 means less time or memory here.
 *: V-D4RL's released code (updates in fp32), measured on 2 cores of an AMD EPYC (Zen 5) only: on any other hardware

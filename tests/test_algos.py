@@ -1,10 +1,11 @@
-"""bc.py and drq_bc.py against oracles: counts, NumPy forward passes, definitions. Small networks, one CPU thread."""
+"""The model-free files against oracles: counts, NumPy forward passes, definitions. Small networks, one CPU thread."""
 
 import contextlib
 import copy
 import shutil
 
 import bc
+import cql
 import drq_bc
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from torch import nn
 
 import common
 
-BOTH = pytest.mark.parametrize("module", [bc, drq_bc], ids=["bc", "drq_bc"])
+EACH = pytest.mark.parametrize("module", [bc, drq_bc, cql], ids=["bc", "drq_bc", "cql"])
+CRITICS = pytest.mark.parametrize("module", [drq_bc, cql], ids=["drq_bc", "cql"])
 SMALL = {"device": "cpu", "precision": "fp32", "accelerate": "eager", "feature_dim": 8, "hidden_dim": 16}
 
 
@@ -88,7 +90,7 @@ def numpy_noisy(mean: np.ndarray, std: float, draw: torch.Tensor, clip: float = 
 # ---- sizes ----
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("action_dim, actor, critic", [(6, 3_068_124, 4_178_136), (21, 3_083_499, 4_208_856)])
 def test_parameter_counts(module, action_dim, actor, critic):
     with torch.device("meta"):  # sizes alone, no memory and no initialisation
@@ -96,11 +98,11 @@ def test_parameter_counts(module, action_dim, actor, critic):
         dims = encoder.embed_dim, action_dim, module.Args.feature_dim, module.Args.hidden_dim
         assert count(encoder) == 30_368
         assert count(module.Actor(*dims)) == actor
-        if module is drq_bc:
+        if module is not bc:
             assert count(module.Critic(*dims)) == critic
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize(
     "size, chain, embed_dim", [(84, [41, 39, 37, 35], 39_200), (64, [31, 29, 27, 25], 20_000), (15, [7, 5, 3, 1], 32)]
 )
@@ -114,20 +116,23 @@ def test_sizes_follow_from_the_image(module, size, chain, embed_dim):
     assert sides == chain
 
 
-@BOTH
+@EACH
 def test_images_too_small_for_the_encoder_are_refused(module):
     with pytest.raises(common.UserError, match="14 px"):
         module.Encoder(9, 14)
 
 
-@BOTH
+@EACH
 def test_defaults_are_the_papers(module):
     expected = {"batch_size": 256, "lr": 1e-4, "feature_dim": 50, "hidden_dim": 1024, "steps": None, "augment": "shift"}
     expected |= {"noise_start": 1.0, "noise_end": 0.1, "noise_steps": 250_000, "noise_clip": 0.3, "eval_episodes": 10}
-    if module is drq_bc:
-        expected |= {"nstep": 3, "gamma": 0.99, "tau": 0.01, "bc_alpha": 2.5, "bc_deterministic": False}
-    else:
-        expected |= {"bc_noise": False}
+    if module is not bc:
+        expected |= {"nstep": 3, "gamma": 0.99, "tau": 0.01}
+    expected |= {
+        bc: {"bc_noise": False},
+        drq_bc: {"bc_alpha": 2.5, "bc_deterministic": False},
+        cql: {"cql_actions": "full", "cql_samples": 10, "importance_sample": False},
+    }[module]
     args = module.Args()
     assert {name: getattr(args, name) for name in expected} == expected
 
@@ -135,11 +140,11 @@ def test_defaults_are_the_papers(module):
 # ---- initialisation and optimisers ----
 
 
-@BOTH
+@EACH
 def test_initialisation_is_orthogonal_with_zero_biases(module):
     agent = make_agent(module)
     layers = [layer for layer in agent.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    assert len(layers) == {bc: 4 + 4, drq_bc: 4 + 4 + 2 * 7}[module]
+    assert len(layers) == (4 + 4 if module is bc else 4 + 4 + 2 * 7)
     for layer in layers:
         gain = 2.0 if isinstance(layer, nn.Conv2d) else 1.0  # squared: W W^T = gain^2 I
         weight = layer.weight.detach().flatten(1).double()
@@ -150,10 +155,11 @@ def test_initialisation_is_orthogonal_with_zero_biases(module):
         assert not layer.bias.any()
 
 
-@BOTH
+@EACH
 def test_optimisers(module):
     agent = make_agent(module)
-    parts = {bc: {"actor": ["encoder", "actor"]}, drq_bc: {"critic": ["encoder", "critic"], "actor": ["actor"]}}[module]
+    parts = {"critic": ["encoder", "critic"], "actor": ["actor"]}
+    parts = {"actor": ["encoder", "actor"]} if module is bc else parts
     assert list(agent.optimizers) == list(parts)
     for name, optimizer in agent.optimizers.items():
         assert type(optimizer) is torch.optim.Adam
@@ -165,8 +171,9 @@ def test_optimisers(module):
         assert len(group["params"]) == len(expected)
 
 
-def test_target_critic_starts_as_a_copy_without_gradient():
-    agent = make_agent(drq_bc)
+@CRITICS
+def test_target_critic_starts_as_a_copy_without_gradient(module):
+    agent = make_agent(module)
     assert same(agent.critic_target, copy_of(agent.critic))
     assert not any(parameter.requires_grad for parameter in agent.critic_target.parameters())
     shared = {p.data_ptr() for p in agent.critic.parameters()} & {
@@ -198,7 +205,7 @@ def test_crops_equal_the_grid_sample_form_of_drqv2_for_every_shift():
         torch.testing.assert_close(sampled[0], expected[k].float(), atol=0.02, rtol=0)  # of 255: float rounding
 
 
-@BOTH
+@EACH
 def test_random_shift_is_one_of_the_81_crops_and_uniform(module):
     torch.manual_seed(0)
     total, size = 4050, 15
@@ -216,7 +223,7 @@ def test_random_shift_is_one_of_the_81_crops_and_uniform(module):
     assert chi2 < 80 + 5 * (2 * 80) ** 0.5  # 80 degrees of freedom
 
 
-@BOTH
+@EACH
 def test_random_shift_moves_each_image_on_its_own_and_keeps_its_input(module):
     torch.manual_seed(1)
     obs = make_batch(21, count=4).obs
@@ -231,14 +238,14 @@ def test_random_shift_moves_each_image_on_its_own_and_keeps_its_input(module):
     assert torch.equal(moved[:, 6:], moved[:, :3] + 2)
 
 
-@BOTH
+@EACH
 def test_augment_flag(module):
     obs = make_batch().obs
     assert make_agent(module, augment="none").augment(obs) is obs
     assert not torch.equal(make_agent(module, augment="shift").augment(obs), obs)
 
 
-@BOTH
+@EACH
 def test_scale_pixels(module):
     obs = torch.tensor([0, 51, 102, 255], dtype=torch.uint8).view(1, 1, 2, 2)
     scaled = module.scale_pixels(obs)
@@ -247,7 +254,7 @@ def test_scale_pixels(module):
     assert obs.flatten().tolist() == [0, 51, 102, 255]
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize(
     "step, value", [(0, 1.0), (50_000, 0.82), (100_000, 0.64), (125_000, 0.55), (250_000, 0.1), (10**6, 0.1)]
 )
@@ -258,7 +265,7 @@ def test_noise_schedule(module, step, value):
     assert std.item() == pytest.approx(value, abs=1e-6)
 
 
-@BOTH
+@EACH
 def test_noise_is_clipped_and_actions_stay_in_range(module):
     agent, mean = make_agent(module), torch.zeros(2000, 2)
     torch.manual_seed(0)
@@ -276,7 +283,7 @@ def test_noise_is_clipped_and_actions_stay_in_range(module):
     assert torch.equal(make_agent(module, noise_clip=0.0).noisy(mean, torch.tensor(1.0)), mean)
 
 
-@BOTH
+@EACH
 def test_gradient_of_a_clamped_noisy_action_is_exactly_one(module):
     agent = make_agent(module)
     mean = torch.tensor([[-0.9999, 0.0, 0.9999], [1.5, -1.5, 0.3]], requires_grad=True)
@@ -289,7 +296,7 @@ def test_gradient_of_a_clamped_noisy_action_is_exactly_one(module):
 # ---- losses ----
 
 
-@BOTH
+@EACH
 def test_act_is_the_mean_action_without_augmentation(module):
     agent, obs = make_agent(module), make_batch().obs
     state = torch.get_rng_state()
@@ -345,8 +352,9 @@ def test_critic_loss_and_target():
     assert not embed.requires_grad
 
 
-def test_critic_loss_reaches_encoder_and_critic_alone():
-    agent = make_agent(drq_bc)
+@CRITICS
+def test_critic_loss_reaches_encoder_and_critic_alone(module):
+    agent = make_agent(module)
     loss, _, _ = agent.critic_loss(make_batch(), torch.tensor(0.5))
     loss.backward()
     for part in (agent.encoder, agent.critic):
@@ -406,8 +414,9 @@ def test_lam_has_a_floor_where_q_is_zero():
 # ---- updates ----
 
 
-def test_each_step_of_drq_bc_moves_its_own_weights_alone():
-    agent, batch, std = make_agent(drq_bc), make_batch(), torch.tensor(0.5)
+@CRITICS
+def test_each_step_moves_its_own_weights_alone(module):
+    agent, batch, std = make_agent(module), make_batch(), torch.tensor(0.5)
     parts = {name: getattr(agent, name) for name in ("encoder", "actor", "critic", "critic_target")}
 
     def moved_by(name, loss):
@@ -425,7 +434,7 @@ def test_each_step_of_drq_bc_moves_its_own_weights_alone():
         assert torch.equal(parameter.grad, before)  # the actor's loss added nothing
 
 
-@BOTH
+@EACH
 def test_minimize_reaches_every_group_of_an_optimiser(module):
     """A learning rate of its own for one layer is a common change to a copied file."""
     agent = make_agent(module)
@@ -437,8 +446,9 @@ def test_minimize_reaches_every_group_of_an_optimiser(module):
         assert not torch.equal(now, then)
 
 
-def test_the_critic_steps_on_its_own_loss_alone():
-    agent, batch = make_agent(drq_bc), make_batch()
+@CRITICS
+def test_the_critic_steps_on_its_own_loss_alone(module):
+    agent, batch = make_agent(module), make_batch()
     agent.update(batch, torch.tensor(0.5))
     torch.manual_seed(1)
     loss, _, _ = agent.critic_loss(batch, torch.tensor(0.5))
@@ -449,9 +459,10 @@ def test_the_critic_steps_on_its_own_loss_alone():
         torch.testing.assert_close(parameter.grad, gradient)
 
 
+@CRITICS
 @pytest.mark.parametrize("tau", [0.01, 0.25])
-def test_target_critic_is_the_polyak_average(tau):
-    agent = make_agent(drq_bc, tau=tau)
+def test_target_critic_is_the_polyak_average(module, tau):
+    agent = make_agent(module, tau=tau)
     for k in range(3):
         before = copy_of(agent.critic_target)
         agent.update(make_batch(seed=k), torch.tensor(0.5))
@@ -468,7 +479,7 @@ def test_bc_trains_its_encoder():
     assert all(not torch.equal(now, then) for now, then in zip(agent.actor.parameters(), actor))
 
 
-@BOTH
+@pytest.mark.parametrize("module", [bc, drq_bc], ids=["bc", "drq_bc"])
 def test_repeated_updates_on_one_batch_lower_the_bc_loss(module):
     agent, batch = make_agent(module, lr=1e-3, augment="none"), make_batch(count=8)
     name = "actor/loss" if module is bc else "actor/bc_loss"
@@ -478,7 +489,7 @@ def test_repeated_updates_on_one_batch_lower_the_bc_loss(module):
     assert losses[-1] < 0.5 * losses[0]
 
 
-@BOTH
+@EACH
 def test_state_restores_weights_and_optimisers(module):
     agent, std = make_agent(module), torch.tensor(0.5)
     for k in range(2):
@@ -513,14 +524,14 @@ def assert_close_updates(one, two, tolerance: float) -> None:
         torch.testing.assert_close(now, then, rtol=0, atol=tolerance)
 
 
-@BOTH
+@EACH
 def test_three_updates_are_reproducible_bit_by_bit(module):
     (agent, rows), (other, others) = some_updates(module), some_updates(module)
     assert rows == others
     assert same(agent, copy_of(other))
 
 
-@BOTH
+@EACH
 def test_bf16_stays_close_to_fp32(module):
     """bfloat16 keeps 8 bits: losses agree to 3 %. DrQ+BC's actor loss is coarser, for lam divides by mean|Q|, which is
     small in a new network. Adam moves a weight by at most about lr a step, so weights part by at most 3 * 2 lr."""
@@ -538,14 +549,14 @@ def test_bf16_stays_close_to_fp32(module):
 # ---- --accelerate ----
 
 
-@BOTH
+@EACH
 def test_auto_and_eager_are_the_method_itself(module):
     for flag in ("auto", "eager"):
         agent = make_agent(module, accelerate=flag)
         assert common.accelerate(agent, "update", agent.args) == agent.update
 
 
-@BOTH
+@EACH
 def test_graph_needs_cuda(module):
     agent = make_agent(module, accelerate="graph")
     with pytest.raises(common.UserError, match="--device cuda"):
@@ -553,7 +564,7 @@ def test_graph_needs_cuda(module):
 
 
 @pytest.mark.slow
-@BOTH
+@EACH
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on the CPU needs g++")
 def test_compiled_losses_equal_eager(module):
     from torch._inductor import config
@@ -567,7 +578,7 @@ def test_compiled_losses_equal_eager(module):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@BOTH
+@EACH
 def test_cuda_graph_equals_eager(module):
     """Six updates: three warm-ups, the capture with its replay, two replays."""
     flags = {"device": "cuda", "accelerate": "graph", "count": 6}
@@ -575,7 +586,7 @@ def test_cuda_graph_equals_eager(module):
     assert_close_updates(graphed, some_updates(module, device="cuda", count=6), 1e-4)
 
 
-@BOTH
+@EACH
 def test_cuda_graph_wrapper_equals_eager_with_a_pretended_graph(module, monkeypatch):
     """Without CUDA: the capture is undone, a replay runs the method again on the static inputs.
 
@@ -636,7 +647,7 @@ def test_bc_on_a_set_of_64_px(tmp_path):
     assert agent.update(batch, torch.tensor(0.5))["actor/loss"].item() == pytest.approx(expected, rel=1e-5)
 
 
-@BOTH
+@EACH
 def test_evaluate_plays_the_mean_action_on_its_own_seeds(module):
     agent, played, modes = make_agent(module), [], []
 

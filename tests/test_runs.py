@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import bc
+import cql
 import drq_bc
 import numpy as np
 import pytest
@@ -27,8 +28,8 @@ from conftest import ENVIRONMENT, ROOT, run_python, synthetic_episode, write_set
 import common
 from common import UserError
 
-ALGOS = {"bc": bc, "drq_bc": drq_bc}
-BOTH = pytest.mark.parametrize("algo", ALGOS)
+ALGOS = {"bc": bc, "drq_bc": drq_bc, "cql": cql}
+EACH = pytest.mark.parametrize("algo", ALGOS)
 EVERY_STEP = ["--device", "cpu", "--log-every", 1]
 SMALL = ["--hidden-dim", 16, "--feature-dim", 8, "--batch-size", 4, "--eval-every", 0, *EVERY_STEP]
 TINY = ["--task", "walker-walk", "--dataset", "random", "--transitions", 1000, "--batch-size", 8, *EVERY_STEP]
@@ -205,7 +206,7 @@ def test_evaluate_scores_a_finished_run_and_writes_a_video(evaluated, tmp_path):
         assert video.get_data(0).shape == (336, 336, 3)
 
 
-@BOTH
+@EACH
 def test_two_files_in_a_folder_are_enough(algo, tiny_set, tmp_path):
     folder = tmp_path / "alone"
     folder.mkdir()
@@ -231,7 +232,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@BOTH
+@EACH
 def test_own_data_needs_no_simulator_nor_tensorboard_nor_tqdm(algo, own_set, tmp_path):
     script = ROOT / "algos" / f"{algo}.py"
     flags = ["--dataset", own_set, "--steps", 6, "--runs-dir", tmp_path, *SMALL]
@@ -312,7 +313,7 @@ def test_sigterm_leaves_a_checkpoint_of_that_very_step(algo, own_set, tmp_path, 
     assert equal_weights(run, train.folder(algo))
 
 
-@BOTH
+@EACH
 def test_three_and_three_updates_equal_six(algo, train):
     assert train(algo, "--steps", 6, "--tag", "whole") is None
     assert isinstance(train(algo, "--steps", 6, crash=4), KeyboardInterrupt)
@@ -346,7 +347,7 @@ def test_a_signal_between_two_rows_still_ends_in_a_checkpoint(number, train):
     assert steps_of(train.folder("bc")) == [7]
 
 
-@BOTH
+@EACH
 def test_checkpoints_hold_plain_tensors(algo, train):
     train(algo, "--steps", 40, crash=21)
     for name in checkpoints(train.folder(algo)):
@@ -355,7 +356,7 @@ def test_checkpoints_hold_plain_tensors(algo, train):
         assert state["objects"].keys() == {"agent", "buffer"}
         assert state["generators"].keys() >= {"torch", "numpy"}
         optimizers = state["objects"]["agent"]["_extra_state"]
-        assert optimizers.keys() == {"bc": {"actor"}, "drq_bc": {"critic", "actor"}}[algo]
+        assert optimizers.keys() == ({"actor"} if algo == "bc" else {"critic", "actor"})
         for optimizer in optimizers.values():
             assert all(entry["step"] == state["step"] for entry in optimizer["state"].values())
 
@@ -562,7 +563,7 @@ def test_weights_that_are_not_finite_are_not_saved(steps, kept, train):
 # ---- flags ----
 
 
-@BOTH
+@EACH
 def test_a_finished_run_says_so(algo, train, capsys):
     assert train(algo, "--steps", 6) is None
     before = {path: path.read_bytes() for path in train.folder(algo).glob("*.*") if path.is_file()}
@@ -771,7 +772,7 @@ def test_parse_args_resolves_folders_device_and_precision(monkeypatch, tmp_path)
     assert common.parse_args(Toy, {}, {}).data_dir == "there"
 
 
-@BOTH
+@EACH
 def test_every_tuned_and_quick_name_is_a_flag(algo):
     module = ALGOS[algo]
     flags = vars(module.Args()).keys()

@@ -20,11 +20,13 @@ ROOT = Path(common.__file__).resolve().parent
 # name -> groups of files; the text is equal within a group and differs from group to group
 VARIANTS = {
     # which networks there are, and which optimiser trains which: the algorithm itself
-    "Agent.__init__": [{"bc"}, {"drq_bc"}],
-    # the loss: BC trains its encoder through it, DrQ+BC gets an embedding without gradient and adds Q
-    "Agent.actor_loss": [{"bc"}, {"drq_bc"}],
-    # the order of one update: BC has one step, DrQ+BC steps critic, actor and target
-    "Agent.update": [{"bc"}, {"drq_bc"}],
+    "Agent.__init__": [{"bc"}, {"drq_bc", "cql"}],
+    # CQL adds the conservative term, and for it values 31 actions instead of one
+    "Agent.critic_loss": [{"drq_bc"}, {"cql"}],
+    # BC trains its encoder through it, DrQ+BC gets an embedding without gradient and adds Q, CQL has Q alone
+    "Agent.actor_loss": [{"bc"}, {"drq_bc"}, {"cql"}],
+    # the order of one update: BC has one step, the others step critic, actor and target
+    "Agent.update": [{"bc"}, {"drq_bc", "cql"}],
 }
 
 BANNERS = ["# ==== Networks ====", "# ==== Agent ====", "# ==== Evaluation ===="]
@@ -93,7 +95,7 @@ def problems(files: dict[str, str], variants: dict[str, list[set[str]]]) -> list
 
 def test_same_name_same_source_text():
     files = repository_files()
-    assert {"bc", "drq_bc"} <= files.keys()
+    assert {"bc", "drq_bc", "cql"} <= files.keys()
     assert not problems(files, VARIANTS), "\n\n".join(problems(files, VARIANTS))
 
 

@@ -1,0 +1,389 @@
+"""CQL (arXiv:2006.04779) on DrQ-v2's networks, as V-D4RL runs it (arXiv:2206.04779 B.3), offline, from pixels.
+
+    y    = reward + discount * min_j Q'_j(z', a'),  a' = clip(pi(z') + clipped noise)
+    L_Q  = sum_j (Q_j(z, a) - y)^2 + cql_alpha * (log sum_k exp Q_j(z, a_k) - Q_j(z, a))  (2006.04779 Eq. 4, CQL(H))
+    L_pi = -min_j Q_j(z, a~),  a~ = clip(pi(z) + clipped noise)
+
+a_k: 31 actions per observation, namely a of the data, and 10 each uniform, of pi(z) and of pi(z'), all valued at z.
+All losses are means over the batch. There is no entropy and no temperature: DrQ-v2's actor is not SAC's.
+z = encoder(random shift of three stacked frames), z' of the frames n steps later; the encoder learns from L_Q alone,
+the conservative term included.
+Dims: B batch, C = 3 * frame_stack channels, S pixels per side, A action, E embedding, K features, N actions a_k.
+Differs from the released code (marked DIFF n where it happens):
+  DIFF 1: one step = one gradient update; theirs counts loop turns and updates on every second.
+  DIFF 2: lr 1e-4 (DrQ-v2's), n = 3 and noise over 250,000 updates (Table 9); theirs 3e-4, 1, 125,000.
+  DIFF 3: random shifts are integer crops; theirs resamples with grid_sample, equal up to rounding.
+  DIFF 4: --steps left out is the paper's 256 epochs; their default amounts to 1,408 at 100,000 transitions.
+  DIFF 5: the bootstrap factor is the product of the n discounts; theirs the last one (equal where none is 0).
+  DIFF 6: each evaluation runs the same seeded episodes, the last one on the final weights; theirs are new each time.
+  DIFF 7: cql_alpha is Table 10's, by task and set; their README's command has 10 for any.
+  DIFF 8: the critic's trunk runs once and K features are repeated; theirs repeats E = 39,200 of them. Equal numbers.
+  DIFF 9: --precision auto is bf16 autocast where the hardware has it natively; theirs fp32.
+Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside, or one above
+from common import (  # noqa: E402
+    EVAL_SEED,
+    Batch,
+    EnvPool,
+    TransitionBuffer,
+    UserError,
+    accelerate,
+    evaluation_pool,
+    load_run,
+    open_dataset,
+    parse_args,
+    save_video,
+    start_run,
+)
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass
+class Args:
+    task: str = "cheetah-run"  # dm_control domain-task
+    dataset: str = "medexp"  # random, mixed, medium, medexp, expert, or the path of a set you made
+    source: Literal["made", "vd4rl"] = "made"  # made: rendered here; vd4rl: the imported official set
+    data_dir: str | None = None  # where sets are; None: $CLEANPIXELS_DATA, else datasets/ beside common.py
+    transitions: int | None = None  # a smaller made set of so many transitions
+    data_seed: int = 0  # seed of a made set
+    seed: int = 0  # of weights, sampling and augmentation; evaluation has seeds of its own
+    tag: str = ""  # tells apart runs of the same task, set and seed with other flags
+    runs_dir: str | None = None  # where run folders are; None: runs/ beside common.py
+    overwrite: bool = False  # start anew in a folder that holds a run; without it the same command continues
+    quick: bool = False  # QUICK below: shows learning on two CPU cores in about 10 minutes; no benchmark row
+    evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
+    steps: int | None = None  # gradient updates; None: 256 epochs, one update per transition at batch 256 (Table 9)
+    batch_size: int = 256  # transitions (Table 9)
+    lr: float = 1e-4  # Adam, of encoder and critic and of the actor (DIFF 2)
+    feature_dim: int = 50  # width of the trunk after the encoder
+    hidden_dim: int = 1024  # width of the two layers of actor and critics
+    cql_alpha: float = 1.0  # weight of the conservative term: TUNED below (Table 10); 1.0 where the paper gives none
+    cql_actions: Literal["full", "uniform"] = "full"  # a_k as above (released code), or the uniform ones (B.3's text)
+    cql_samples: int = 10  # actions of each kind; the data's is one more
+    importance_sample: bool = False  # Q(z, a_k) - log density of a_k, without the data's action (2006.04779 App. F)
+    nstep: int = 3  # steps of reward before the bootstrap (Table 9; DIFF 2); an episode's last n - 1 actions go unused
+    gamma: float = 0.99  # discount per control step
+    tau: float = 0.01  # Polyak rate of the target critic, per update
+    noise_start: float = 1.0  # std of the noise on sampled actions at step 0
+    noise_end: float = 0.1  # and after noise_steps: runs of 100,000 end at 0.64, of 200,000 at 0.28
+    noise_steps: int = 250_000  # gradient updates over which it falls linearly (Table 9: 500,000 loop turns; DIFF 2)
+    noise_clip: float = 0.3  # noise is clipped to +- this (Table 9)
+    augment: Literal["shift", "none"] = "shift"  # random shift by up to 4 pixels, or off
+    eval_every: int | None = None  # gradient updates; None: a twentieth of the run; 0: no environment at all
+    eval_episodes: int = 10  # per evaluation
+    log_every: int = 100  # gradient updates
+    device: str = "auto"  # auto: cuda if there is one, else cpu
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the hardware has it (DIFF 8)
+    accelerate: Literal["auto", "eager", "compile", "graph"] = "auto"  # same mathematics; auto: eager for now
+    buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the frames are; auto: on the GPU if they fit
+
+
+TUNED = {  # Table 10; it has no humanoid: 1.0, the released configuration's default (DIFF 7)
+    ("walker-walk", "random"): {"cql_alpha": 0.5},
+    ("walker-walk", "mixed"): {"cql_alpha": 0.5},
+    ("walker-walk", "medium"): {"cql_alpha": 2.0},
+    ("walker-walk", "medexp"): {"cql_alpha": 2.0},
+    ("walker-walk", "expert"): {"cql_alpha": 5.0},
+    ("cheetah-run", "random"): {"cql_alpha": 0.5},
+    ("cheetah-run", "mixed"): {"cql_alpha": 0.5},
+    ("cheetah-run", "medium"): {"cql_alpha": 10.0},
+    ("cheetah-run", "medexp"): {"cql_alpha": 1.0},
+    ("cheetah-run", "expert"): {"cql_alpha": 20.0},
+}
+QUICK = {"transitions": 20_000, "batch_size": 128, "lr": 3e-4, "steps": 1_500, "eval_every": 500}
+
+FRAME_STACK = 3  # frames per observation, in the order they were seen
+
+
+# ==== Networks ====
+
+
+def init_weights(module: nn.Module) -> None:
+    """Orthogonal weights, gain sqrt(2) in convolutions and 1 elsewhere, zero biases: DrQ-v2's."""
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.orthogonal_(module.weight, 2**0.5 if isinstance(module, nn.Conv2d) else 1.0)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class Encoder(nn.Module):
+    """Pixels to embedding. obs (B, C, S, S) float32 in [-0.5, 0.5]  ->  embed (B, E); S = 84: E = 39200."""
+
+    def __init__(self, channels: int, size: int, width: int = 32):
+        super().__init__()
+        if size < 15:
+            raise UserError(f"images of {size} px are too small for this encoder; it needs 15 or more")
+        self.convs = nn.ModuleList([nn.Conv2d(channels, width, 3, stride=2)])  # 84 -> 41
+        self.convs += [nn.Conv2d(width, width, 3) for _ in range(3)]  # 41 -> 39 -> 37 -> 35
+        self.embed_dim = width * ((size - 1) // 2 - 6) ** 2
+
+    def forward(self, obs: Tensor) -> Tensor:
+        for conv in self.convs:
+            obs = F.relu(conv(obs))
+        return obs.flatten(1)
+
+
+class LastLayer(nn.Linear):
+    """Linear, in float32 also under autocast: bf16 would round an action to 0.004 and a value of 100 to 0.5.
+
+    Every head that gives an action or a value ends in one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+class Actor(nn.Module):
+    """Embedding to mean action. embed (B, E)  ->  (B, A) in (-1, 1)."""
+
+    def __init__(self, embed_dim: int, action_dim: int, feature_dim: int, hidden_dim: int):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(embed_dim, feature_dim), nn.LayerNorm(feature_dim), nn.Tanh())
+        self.policy = nn.Sequential(
+            nn.Linear(feature_dim, hidden_dim), nn.ReLU(),
+            nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
+            LastLayer(hidden_dim, action_dim), nn.Tanh(),
+        )  # fmt: skip
+
+    def forward(self, embed: Tensor) -> Tensor:
+        return self.policy(self.trunk(embed))
+
+
+class Critic(nn.Module):
+    """Two action values behind one trunk. embed (B, E), action (B, A)  ->  q1, q2 (B, 1)."""
+
+    def __init__(self, embed_dim: int, action_dim: int, feature_dim: int, hidden_dim: int):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Linear(embed_dim, feature_dim), nn.LayerNorm(feature_dim), nn.Tanh())
+        self.q1, self.q2 = (
+            nn.Sequential(
+                nn.Linear(feature_dim + action_dim, hidden_dim), nn.ReLU(),
+                nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
+                LastLayer(hidden_dim, 1),
+            )
+            for _ in range(2)
+        )  # fmt: skip
+
+    def forward(self, embed: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        pair = torch.cat([self.trunk(embed), action], -1)
+        return self.q1(pair), self.q2(pair)
+
+
+# ==== Agent ====
+
+
+def scale_pixels(obs: Tensor) -> Tensor:
+    """(B, C, S, S) uint8 in 0..255 -> float32 in [-0.5, 0.5], in memory as the convolutions read it."""
+    assert obs.dtype == torch.uint8  # floats would be scaled in place, perhaps twice
+    return obs.to(torch.float32, memory_format=torch.channels_last).div_(255).sub_(0.5)
+
+
+def random_shift(obs: Tensor, pad: int = 4) -> Tensor:
+    """Each image moved by up to `pad` pixels per axis, its border repeated; the stacked frames move together.
+
+    obs (B, C, S, S) uint8 -> the same. Equals cropping the replicate-padded image at integer offsets (DIFF 3)."""
+    B, C, S, _ = obs.shape
+    wide = S + 2 * pad
+    dy, dx = torch.randint(2 * pad + 1, (2, B, 1, 1), device=obs.device)  # 0..2 pad each
+    left, right = obs[..., :1].expand(-1, -1, -1, pad), obs[..., -1:].expand(-1, -1, -1, pad)
+    padded = torch.cat([left, obs, right], -1)  # (B, C, S, wide)
+    pixel_rows = torch.arange(S, device=obs.device)
+    source_rows = (pixel_rows + dy - pad).clamp(0, S - 1)  # (B, 1, S): clamping pads the other axis
+    planes = torch.arange(B * C, device=obs.device).view(B, C, 1) * S
+    starts = (planes + source_rows) * wide + dx  # (B, C, S): where each cropped row of S pixels begins
+    runs = padded.view(-1).as_strided((padded.numel() - S + 1, S), (1, 1))  # every run of S pixels, as a view
+    return runs.index_select(0, starts.flatten()).view(B, C, S, S)
+
+
+def noise_std(args: Args, step: int) -> Tensor:
+    """The exploration-noise schedule at `step` gradient updates, a 0-dim tensor (DIFF 1: not loop turns)."""
+    progress = min(step / max(args.noise_steps, 1), 1.0)
+    value = args.noise_start + progress * (args.noise_end - args.noise_start)
+    return torch.full((), value, device=args.device)
+
+
+class Agent(nn.Module):
+    """Encoder, actor, twin critic and its target; the encoder has no target."""
+
+    LOSSES = ("critic_loss", "actor_loss")  # what --accelerate compile compiles
+
+    def __init__(self, args: Args, obs_shape: tuple[int, int, int], action_dim: int):
+        super().__init__()
+        self.args = args
+        channels, size, _ = obs_shape
+        self.encoder = Encoder(channels, size)
+        dims = self.encoder.embed_dim, action_dim, args.feature_dim, args.hidden_dim
+        self.actor, self.critic, self.critic_target = Actor(*dims), Critic(*dims), Critic(*dims)
+        self.apply(init_weights)  # all of it: load pretrained weights after this line
+        self.encoder.to(memory_format=torch.channels_last)  # faster convolutions, same numbers up to rounding
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.critic_target.requires_grad_(False)
+        on_cuda = args.device.startswith("cuda")
+        groups = {"critic": [*self.encoder.parameters(), *self.critic.parameters()], "actor": self.actor.parameters()}
+        self.optimizers = {
+            name: torch.optim.Adam(params, args.lr, fused=True, capturable=on_cuda) for name, params in groups.items()
+        }
+
+    def augment(self, obs: Tensor) -> Tensor:
+        """obs (B, C, S, S) uint8 -> the same."""
+        return random_shift(obs) if self.args.augment == "shift" else obs
+
+    def noisy(self, mean: Tensor, std: Tensor) -> Tensor:
+        """mean + clipped noise, (B, A), clamped to the action range with a straight-through gradient."""
+        noise = (std * torch.randn_like(mean)).clamp(-self.args.noise_clip, self.args.noise_clip)
+        action = mean + noise
+        return action + (action.clamp(-1 + 1e-6, 1 - 1e-6) - action).detach()
+
+    def critic_loss(self, batch: Batch, noise_std: Tensor) -> tuple[Tensor, Tensor, Metrics]:
+        """TD error and conservative term of both critics. Returns loss (), embed (B, E) detached, metrics."""
+        embed = self.encoder(scale_pixels(self.augment(batch.obs)))  # crops on uint8, then floats
+        with torch.no_grad():
+            next_embed = self.encoder(scale_pixels(self.augment(batch.next_obs)))  # the online encoder: no target
+            next_mean = self.actor(next_embed)
+            next_action = self.noisy(next_mean, noise_std)  # (B, A)
+            next_q = torch.minimum(*self.critic_target(next_embed, next_action))
+            target_q = batch.reward + batch.discount * next_q  # discount: gamma^n, 0 at terminal, not timeout (DIFF 5)
+            actions, log_weight = self.conservative_actions(batch.action, self.actor(embed), next_mean, noise_std)
+        features = self.critic.trunk(embed)  # (B, K); embed with its gradient: the encoder learns from both terms
+        pairs = torch.cat([features.expand(len(actions), -1, -1), actions], -1)  # (N, B, K + A), DIFF 8
+        q1, q2 = self.critic.q1(pairs), self.critic.q2(pairs)  # (N, B, 1), the data's action first
+        assert q1[0].shape == target_q.shape == batch.reward.shape  # (B, 1); (B,) would give (B, B)
+        td_loss = F.mse_loss(q1[0], target_q) + F.mse_loss(q2[0], target_q)
+        conservative = sum(((q + log_weight).logsumexp(0) - q[0]).mean() for q in (q1, q2))
+        loss = td_loss + self.args.cql_alpha * conservative
+        metrics = {"critic/loss": loss, "critic/td_loss": td_loss, "critic/conservative": conservative}
+        metrics |= {"critic/q": q1[0].mean()}
+        return loss, embed.detach(), {name: value.detach() for name, value in metrics.items()}
+
+    def conservative_actions(self, data: Tensor, mean: Tensor, next_mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """a_k of the log-sum-exp. data, mean = pi(z), next_mean = pi(z') (B, A) -> a_k (N, B, A), log-weight (N, B, 1).
+
+        The data's action is the first and weighs exp(-inf) = 0 where it does not belong to the sum."""
+        B, A = data.shape
+        uniform = torch.rand(self.args.cql_samples, B, A, device=data.device) * 2 - 1
+        actions, log_density = [uniform], [torch.full_like(uniform[..., :1], -A * math.log(2))]
+        for centre in (next_mean, mean) if self.args.cql_actions == "full" else ():
+            centre = centre.expand_as(uniform)
+            actions.append(self.noisy(centre, std))
+            # as if the noise were not clipped, like the released code: biased
+            density = -((actions[-1] - centre) / std).square() / 2 - std.log() - math.log(2 * math.pi) / 2
+            log_density.append(density.sum(-1, keepdim=True))
+        actions, log_density = torch.cat(actions), torch.cat(log_density)
+        log_weight = -log_density if self.args.importance_sample else torch.zeros_like(log_density)
+        in_sum = self.args.cql_actions == "full" and not self.args.importance_sample
+        data_weight = torch.full_like(log_weight[:1], 0.0 if in_sum else -math.inf)
+        return torch.cat([data[None], actions]), torch.cat([data_weight, log_weight])
+
+    def actor_loss(self, embed: Tensor, batch: Batch, noise_std: Tensor) -> tuple[Tensor, Metrics]:
+        """Minus the value of a noisy action. embed (B, E) carries no gradient."""
+        action = self.noisy(self.actor(embed), noise_std)
+        q = torch.minimum(*self.critic(embed, action))
+        assert q.shape == batch.reward.shape and action.shape == batch.action.shape
+        loss = -q.mean()
+        metrics = {"actor/loss": loss, "actor/distance": F.mse_loss(action, batch.action)}
+        return loss, {name: value.detach() for name, value in metrics.items()}
+
+    def update(self, batch: Batch, noise_std: Tensor) -> Metrics:
+        """One gradient step of critic and encoder, one of the actor, one Polyak step of the target.
+
+        Two blocks of autocast: it keeps its casts of the weights until a block ends, those of the old critic too."""
+        with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
+            critic_loss, embed, critic_metrics = self.critic_loss(batch, noise_std)
+        self.minimize("critic", critic_loss)
+        with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
+            actor_loss, actor_metrics = self.actor_loss(embed, batch, noise_std)
+        self.minimize("actor", actor_loss)
+        with torch.no_grad():
+            torch._foreach_lerp_([*self.critic_target.parameters()], [*self.critic.parameters()], self.args.tau)
+        return critic_metrics | actor_metrics
+
+    def minimize(self, name: str, loss: Tensor) -> None:
+        """One step of an optimiser on its own parameters; no gradient is computed for others in the loss."""
+        optimizer = self.optimizers[name]
+        optimizer.zero_grad()
+        loss.backward(inputs=[p for group in optimizer.param_groups for p in group["params"]])
+        optimizer.step()
+
+    @torch.no_grad()
+    def act(self, obs: Tensor) -> Tensor:
+        """Mean action. obs (B, C, S, S) uint8 -> (B, A)."""
+        return self.actor(self.encoder(scale_pixels(obs)))
+
+    def get_extra_state(self) -> dict:
+        """What torch adds to state_dict(): the optimisers. What else an update changes belongs here, for resume."""
+        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+
+    def set_extra_state(self, state: dict) -> None:
+        for name, optimizer_state in state.items():
+            self.optimizers[name].load_state_dict(optimizer_state)
+
+
+# ==== Evaluation ====
+
+
+def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.ndarray]]:
+    """Mean action, the same episodes every time. Returns score and every return, frames of the first episode."""
+    agent.eval()
+    obs, returns, frames = pool.reset(EVAL_SEED + np.arange(pool.count)), np.zeros(pool.count), []  # DIFF 6
+    while not pool.done.all():
+        frames.append(obs[0, -3:].copy())  # RGB of the newest frame; a view would keep the frames of all episodes
+        action = agent.act(torch.from_numpy(obs).to(args.device))
+        obs, reward, _ = pool.step(action.cpu().numpy())  # reward is 0 where the episode is over
+        returns += reward
+    agent.train()
+    return {"score": returns.mean() / 10, "return": returns.tolist()}, frames
+
+
+def evaluate_run(args: Args) -> None:
+    """--evaluate RUN: scores a finished run's weights on --eval-episodes episodes and writes a video."""
+    args, facts, weights = load_run(args)
+    pool = evaluation_pool(args, facts, FRAME_STACK)
+    agent = Agent(args, (3 * FRAME_STACK, facts["size"], facts["size"]), facts["action_dim"]).to(args.device)
+    agent.load_state_dict(weights)
+    metrics, frames = evaluate(agent, pool, args)
+    print(f"score {metrics['score']:.2f}, returns {np.round(metrics['return'], 1).tolist()}")
+    save_video(Path(args.evaluate) / "evaluation.mp4", frames)
+
+
+def main(args: Args) -> None:
+    if args.evaluate:
+        return evaluate_run(args)
+    dataset = open_dataset(args, size=84)  # 84 px if it is a standard set (made on the spot if missing)
+    if args.steps is None:
+        args.steps = 256 * dataset.num_transitions // args.batch_size  # DIFF 4: 256 epochs
+    run = start_run(args, dataset)  # folder, lock, config.json, copies of the code; seeds torch and NumPy
+    pool = evaluation_pool(args, dataset.facts(), FRAME_STACK)  # its workers neither import this file nor touch CUDA
+    buffer = TransitionBuffer(dataset, args.batch_size, frame_stack=FRAME_STACK, nstep=args.nstep, gamma=args.gamma,
+                              seed=args.seed, device=args.device, buffer_device=args.buffer_device)  # fmt: skip
+    agent = Agent(args, buffer.obs_shape, buffer.action_dim).to(args.device)
+    update = accelerate(agent, "update", args)  # eager, its LOSSES compiled, or the whole as one CUDA graph
+    step = run.load_checkpoint(agent=agent, buffer=buffer)  # 0 for a new run
+    while step < args.steps:
+        metrics = update(buffer.sample(), noise_std(args, step))  # a batch is sorted by row: no half of it is random
+        step += 1
+        if run.log_due(step):
+            run.log("train", step, {name: value.item() for name, value in metrics.items()})  # the only .item()
+        if pool and run.eval_due(step):
+            metrics, frames = evaluate(agent, pool, args)
+            run.log("eval", step, metrics)
+            if step == args.steps:
+                save_video(run.path / "evaluation.mp4", frames)
+        if run.checkpoint_due(step):
+            run.save_checkpoint(step, agent=agent, buffer=buffer)
+
+
+if __name__ == "__main__":
+    main(parse_args(Args, TUNED, QUICK))
