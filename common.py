@@ -23,6 +23,7 @@ import importlib.metadata
 import io
 import json
 import multiprocessing
+import multiprocessing.util
 import os
 import platform
 import shutil
@@ -224,7 +225,8 @@ def make_env(task: str, size: int | None = 84, frame_stack: int = 3, seed: int =
 
 def _worker(connection, gl: str, kwargs: dict, count: int) -> None:
     """Serves `count` environments until the parent closes the pipe (or dies, which closes it too)."""
-    os.setsid()  # Ctrl-C and signals to the group are the parent's to handle
+    os.setsid()  # Ctrl-C and signals to the group are the parent's to handle,
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and so is what schedulers send to every process of a job
     os.environ["MUJOCO_GL"] = gl
     envs = []
     with contextlib.suppress(EOFError, ConnectionError):
@@ -271,6 +273,7 @@ class EnvPool:
                 self.processes.append(process)
         self.count, self.done = count, np.ones(count, bool)
         self.close = weakref.finalize(self, self._close, self.pipes, self.processes)
+        multiprocessing.util.Finalize(None, self.close, exitpriority=1)  # before daemons get a SIGTERM and are joined
 
     def call(self, method: str, arguments: list) -> list:
         """env.method(*arguments[i]) in every environment i whose arguments are not None; results in order."""
@@ -493,12 +496,16 @@ def _known_sets(data_dir: str) -> str:
     return ", ".join(sorted(str(meta.parent) for meta in Path(data_dir).glob("*/*/*/meta.json"))) or "none"
 
 
-def _make_dataset(args, size: int, folder: Path) -> None:
-    collect = HERE / "data" / "collect.py"
+def collect_flags(args, size: int) -> list[str]:
+    """What data/collect.py is told to make the standard set that `args` name."""
     flags = ["--task", args.task, "--dataset", args.dataset, "--size", str(size)]
     flags += ["--data-dir", str(Path(args.data_dir).resolve())]
     flags += ["--transitions", str(args.transitions)] if args.transitions else []
-    flags += ["--seed", str(args.data_seed)] if args.data_seed else []
+    return flags + (["--seed", str(args.data_seed)] if args.data_seed else [])
+
+
+def _make_dataset(args, size: int, folder: Path) -> None:
+    collect, flags = HERE / "data" / "collect.py", collect_flags(args, size)
     if args.source != "made":
         raise UserError(f"{folder} does not exist; import the official files: python data/vd4rl.py import --help")
     if not collect.exists():
@@ -830,27 +837,11 @@ def has_bf16(device: str) -> bool:
 
 
 def parse_args(args_class, tuned: dict, quick: dict):
-    """The command line as an `args_class`. Defaults: the class, then the most exact entry of `tuned` for
-    (task, dataset), then `quick` under --quick; what the user typed wins. Resolves --device, --precision and
-    --accelerate auto.
+    """The command line as an `args_class`, see typed_args. Resolves --device, --precision and --accelerate auto.
 
     From here on a UserError ends the process with its one line and status 1."""
-    import tyro
-
     sys.excepthook = one_line_errors
-    defaults = args_class()
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what decides on the other defaults
-    first.add_argument("--task", nargs="?", default=defaults.task)
-    first.add_argument("--dataset", nargs="?", default=defaults.dataset)
-    first.add_argument("--quick", action="store_true")
-    typed, _ = first.parse_known_args()
-    merged: dict[str, Any] = {}
-    keys = ("*", "*"), ("*", typed.dataset), (typed.task, "*"), (typed.task, typed.dataset)
-    for key in keys:
-        merged |= tuned.get(key, {})
-    merged |= quick if typed.quick else {}
-    args = tyro.cli(args_class, default=dataclasses.replace(defaults, **merged), config=(tyro.conf.FlagCreatePairsOff,))
-    args.data_dir, args.runs_dir = (args.data_dir or default_data_dir(), args.runs_dir or str(HERE / "runs"))
+    args = typed_args(args_class, tuned, quick)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device.startswith("cuda"):
@@ -864,11 +855,37 @@ def parse_args(args_class, tuned: dict, quick: dict):
         args.accelerate = "eager"  # until compile and graph are measured to be faster and equal
     if args.precision == "auto":
         args.precision = "bf16" if has_bf16(args.device) else "fp32"
+    keys = _tuned_keys(args.task, args.dataset)
     for name in sorted({name for values in tuned.values() for name in values}):
         if not any(name in tuned.get(key, {}) for key in keys) and not getattr(args, "evaluate", None):
             row = f"{args.task} {args.dataset} has no value of its own for"
             print(f"note: {row} --{name.replace('_', '-')}; it is {getattr(args, name)}")
     return args
+
+
+def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = None):
+    """The words of a command line (default: this process's) as an `args_class`. Defaults: the class, then the most
+    exact entry of `tuned` for (task, dataset), then `quick` under --quick; what the user typed wins."""
+    import tyro
+
+    defaults = args_class()
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what decides on the other defaults
+    first.add_argument("--task", nargs="?", default=defaults.task)
+    first.add_argument("--dataset", nargs="?", default=defaults.dataset)
+    first.add_argument("--quick", action="store_true")
+    typed, _ = first.parse_known_args(argv)
+    merged: dict[str, Any] = {}
+    for key in _tuned_keys(typed.task, typed.dataset):
+        merged |= tuned.get(key, {})
+    merged |= quick if typed.quick else {}
+    default = dataclasses.replace(defaults, **merged)
+    args = tyro.cli(args_class, args=argv, default=default, config=(tyro.conf.FlagCreatePairsOff,))
+    args.data_dir, args.runs_dir = (args.data_dir or default_data_dir(), args.runs_dir or str(HERE / "runs"))
+    return args
+
+
+def _tuned_keys(task: str, dataset: str) -> tuple:
+    return ("*", "*"), ("*", dataset), (task, "*"), (task, dataset)
 
 
 def one_line_errors(kind, error, trace) -> None:
@@ -910,10 +927,14 @@ def start_run(args, dataset: Dataset) -> "Run":
     The same command continues what is there. Raises UserError where the folder holds a run with other flags or
     data, where another process runs in it, and SystemExit(0) where the run is finished."""
     script = Path(sys.modules["__main__"].__file__).resolve()
-    set_name = dataset.path.name + ("-vd4rl" if dataset.source == "vd4rl" else "")
-    tag = f"{args.tag}-" if args.tag else ""
+    return Run(run_folder(args, script.stem, dataset.path.name, dataset.source), args, dataset.facts(), script)
+
+
+def run_folder(args, algo: str, set_name: str, source: str) -> Path:
+    """runs/[quick/]<algo>/<task>/<set>[-vd4rl]/[<tag>-]seed<k>"""
     base = Path(args.runs_dir) / "quick" if args.quick else Path(args.runs_dir)
-    return Run(base / script.stem / args.task / set_name / f"{tag}seed{args.seed}", args, dataset.facts(), script)
+    official, tag = "-vd4rl" if source == "vd4rl" else "", f"{args.tag}-" if args.tag else ""
+    return base / algo / args.task / f"{set_name}{official}" / f"{tag}seed{args.seed}"
 
 
 def late_mean(values: list[float]) -> float:
@@ -1134,9 +1155,9 @@ class Run:
 
     def _on_signal(self, number: int, _) -> None:
         self.stop_signal = number
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers repeat it
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, b"\nstopping after this update, with a checkpoint (once more: at once)\n")  # print may be mid-line
+        os.write(2, b"\nstopping after this update, with a checkpoint (Ctrl-C: at once)\n")  # print may be mid-line
 
     # ---- what people see ----
 

@@ -2,6 +2,7 @@
 
 A run that is meant to be real is a process of its own; what only needs main() runs in this one, which saves imports."""
 
+import contextlib
 import csv
 import errno
 import gc
@@ -811,15 +812,37 @@ def test_a_video_that_cannot_be_written_is_a_note(tmp_path, monkeypatch, capsys)
     assert "evaluation.mp4 was not written (Could not find a backend)" in capsys.readouterr().out
 
 
+def family(pid: int) -> list[int]:
+    """A process and all that descend from it, from /proc."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found
+
+
 @pytest.mark.slow
-def test_a_signal_to_the_group_during_an_evaluation_leaves_a_checkpoint(tiny_set, tmp_path):
-    """As timeout and batch schedulers signal: the workers must live on until the evaluation ends."""
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
+def test_signals_to_every_process_during_an_evaluation_leave_a_checkpoint(tiny_set, tmp_path):
+    """As batch schedulers stop a job, and repeat it: the workers must live on until the evaluation ends."""
     flags = [*TINY, "--steps", 4, "--eval-every", 2, "--eval-episodes", 2, "--data-dir", tiny_set.parents[2]]
     words = [sys.executable, ROOT / "algos/bc.py", *flags, "--runs-dir", tmp_path]
     process = subprocess.Popen([*map(str, words)], env=ENVIRONMENT, start_new_session=True)
     run = tmp_path / "bc" / "walker-walk" / tiny_set.name / "seed0"
     wait_for_row(process, run, 2)
     time.sleep(1)  # the evaluation, of a thousand frames, has begun
-    os.killpg(process.pid, signal.SIGTERM)
+    members = family(process.pid)
+    assert len(members) >= 4  # itself, the fork server, two workers
+    for _ in range(2):
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        time.sleep(0.2)
     assert process.wait(120) == 128 + signal.SIGTERM
     assert checkpoints(run) == ["checkpoint-000000002"] and steps_of(run, "eval") == [2]
+    time.sleep(1)
+    stats = [Path(f"/proc/{pid}/stat") for pid in members]
+    assert all(not stat.exists() or ") Z " in stat.read_text() for stat in stats)  # gone, or waiting to be reaped

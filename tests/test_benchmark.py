@@ -1,0 +1,335 @@
+"""benchmark.sh and benchmarks/rows.py: the list, runs side by side, failures, Ctrl-C, staging, and a real Slurm."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ENVIRONMENT, ROOT, run_python, write_set
+
+import common
+
+# The second algorithm of most tests: bc.py, which says on which GPU it is and ends there.
+SABOTAGE = "    step = run.load_checkpoint(agent=agent, buffer=buffer)"
+BAD = "    import os; raise RuntimeError(f\"no good on {os.environ.get('CUDA_VISIBLE_DEVICES')}\")"
+SHORT = ["--steps", 4, "--batch-size", 8, "--eval-every", 0, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def repo(tmp_path_factory) -> Path:
+    """A copy of what benchmark.sh needs, with algos/bad.py and without a repository, runs or sets."""
+    path = tmp_path_factory.mktemp("repo")
+    for name in ("algos", "benchmarks", "data"):
+        shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("common.py", "benchmark.sh"):
+        shutil.copy(ROOT / name, path)
+    text = (ROOT / "algos" / "bc.py").read_text()
+    assert text.count(SABOTAGE) == 1
+    (path / "algos" / "bad.py").write_text(re.sub(re.escape(SABOTAGE) + ".*", lambda _: BAD, text))
+    return path
+
+
+def benchmark(repo: Path, *words, **environment) -> subprocess.CompletedProcess:
+    """./benchmark.sh <words>, output and errors together in stdout."""
+    env = {name: value for name, value in ENVIRONMENT.items() if name not in ("PYTHONPATH", "CUDA_VISIBLE_DEVICES")}
+    command = ["./benchmark.sh", *map(str, words)]
+    return subprocess.run(command, cwd=repo, env=env | environment, text=True, timeout=300,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+
+
+# ---- the list ----
+
+
+def test_the_whole_table(repo):
+    result = benchmark(repo, "--dry-run")
+    assert result.returncode == 0, result.stdout
+    lines = result.stdout.splitlines()
+    runs = [line for line in lines if line.startswith("python algos/")]
+    impossible = [line for line in lines if line.startswith("# python algos/")]
+    files = len(list((repo / "algos").glob("*.py")))
+    assert len(runs) + len(impossible) == files * 3 * 5 * 6
+    assert len(impossible) == sum("no policy is shipped" in line for line in impossible)
+    made = [line for line in lines if line.startswith("python data/collect.py")]
+    assert len(made) == len(set(made)) == len(runs) / files / 6  # each set once
+    assert lines[: len(made)] == made  # before the runs
+    assert "python algos/drq_bc.py --task cheetah-run --dataset medexp --seed 5" in runs
+    assert not (repo / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("--seeds 2", ["--seed 0", "--seed 1"]),
+        ("--seeds 3,11", ["--seed 3", "--seed 11"]),
+        ("--seeds 1 --quick", ["--seed 0 --quick"]),
+        ("--seeds 1 --tag a --source vd4rl", None),
+        ("--seeds 1 --tag a -- --lr 3e-4", ["--seed 0 --tag a --lr 3e-4"]),
+    ],
+)
+def test_filters(repo, words, expected):
+    words = ["--dry-run", "--algos", "bc", "--tasks", "walker-walk", "--datasets", "random", *words.split()]
+    result = benchmark(repo, *words)
+    assert result.returncode == 0, result.stdout
+    runs = [line for line in result.stdout.splitlines() if "algos/" in line]
+    head = "python algos/bc.py --task walker-walk --dataset random "
+    if expected:
+        assert runs == [head + tail for tail in expected]
+    else:
+        assert "import the official files with data/vd4rl.py" in runs[0]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--algos", "nope"], "--algos nope: there is no algos/nope.py; there are bad, bc, cql, drq_bc"),
+        (["--lr", "1e-3"], "--lr: unknown"),
+        (["--seeds"], "--seeds needs a value"),
+        (["--datasets", "/nowhere"], "/nowhere does not exist"),
+    ],
+)
+def test_mistakes_are_one_line(repo, words, message):
+    result = benchmark(repo, *words)
+    assert result.returncode != 0
+    assert message in result.stdout and result.stdout.startswith("error: ") and result.stdout.count("\n") == 1
+
+
+def test_a_set_of_ones_own_is_one_row_whatever_the_tasks(repo, tmp_path):
+    own = write_set(tmp_path / "own", (6,), 21)
+    lines = benchmark(repo, "--dry-run", "--algos", "bc", "--datasets", own, "--seeds", 2).stdout.splitlines()
+    assert len(lines) == 2
+
+
+def test_a_finished_run_with_other_flags_is_not_skipped(repo, tiny_set, tmp_path):
+    flags = ["--algos", "bc", "--tasks", "walker-walk", "--datasets", tiny_set, "--seeds", 1]
+    extra = [*SHORT, "--runs-dir", tmp_path]
+    assert benchmark(repo, *flags, "--", *extra).returncode == 0
+    finished = benchmark(repo, *flags, "--dry-run", "--", *extra).stdout
+    assert finished.endswith("  # finished\n")
+    assert "# finished" not in benchmark(repo, *flags, "--dry-run", "--", *extra, "--lr", 1).stdout
+    result = benchmark(repo, *flags, "--", *extra, "--lr", 1)
+    assert result.returncode == 1
+    assert "--lr 0.0001 -> 1.0" in result.stdout and "--tag" in result.stdout
+
+
+# ---- on this machine ----
+
+
+def test_sets_are_made_runs_share_gpus_failures_are_named_and_the_rest_goes_on(repo, tmp_path):
+    words = ["--algos", "bc,bad", "--tasks", "walker-walk humanoid-walk", "--datasets", "medium", "--seeds", 2]
+    words += ["--jobs", 2, "--gpus", "3,5", "--", *SHORT, "--transitions", 500]
+    words += ["--data-dir", tmp_path / "data", "--runs-dir", tmp_path / "runs"]
+    shutil.rmtree(repo / "data" / "policies" / "humanoid-walk", ignore_errors=True)  # so that its set cannot be made
+    result = benchmark(repo, *words)
+    assert result.returncode == 1, result.stdout
+    assert result.stdout.count("making a set: ") == 1
+    last = "{} finished, {} finished before, 4 skipped, 0 stopped or not begun, 2 failed"
+    assert result.stdout.splitlines()[-1] == last.format(2, 0)
+    folder = "walker-walk/medium-84px-500"
+    for seed in (0, 1):
+        assert (tmp_path / "runs" / "bc" / folder / f"seed{seed}" / "finished.json").exists()
+        log = tmp_path / "runs" / "bad" / folder / f"seed{seed}.log"
+        assert f"failed  {log.with_suffix('')}, the end of {log}:" in result.stdout
+        assert re.search(r"^        RuntimeError: no good on [35]$", result.stdout, re.M)
+    skipped = re.findall(r"^skipped python algos/(\w+).py --task humanoid-walk --dataset medium .*: .*no policy is "
+                         r"shipped for humanoid-walk", result.stdout, re.M)  # fmt: skip
+    assert sorted(skipped) == ["bad", "bad", "bc", "bc"]
+    again = benchmark(repo, *words)
+    assert "making a set" not in again.stdout
+    assert again.stdout.splitlines()[-1] == last.format(0, 2)
+
+
+def test_jobs_take_turns_on_the_gpus(repo, tiny_set, tmp_path):
+    words = ["--algos", "bad", "--datasets", tiny_set, "--seeds", 3, "--jobs", 3, "--gpus", 2, "--"]
+    benchmark(repo, *words, *SHORT, "--runs-dir", tmp_path)
+    gpus = [re.search("Error: no good on (.)", log.read_text())[1] for log in tmp_path.glob("bad/*/*/*.log")]
+    assert sorted(gpus) == ["0", "0", "1"]  # the third job shares the first GPU
+
+
+def test_a_set_that_cannot_be_made_skips_its_rows(repo, tmp_path):
+    words = ["--algos", "bc", "--tasks", "walker-walk", "--datasets", "random", "--seeds", 2, "--"]
+    result = benchmark(repo, *words, "--transitions", 100, "--data-dir", tmp_path, "--runs-dir", tmp_path)
+    assert result.returncode == 0
+    assert result.stdout.count("error: --transitions 100: at least one episode") == 3  # once, and for each row
+    assert "0 finished, 0 finished before, 2 skipped" in result.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_stopping_stops_all_runs_with_a_checkpoint_and_the_next_call_continues(repo, tmp_path, number):
+    own, runs = write_set(tmp_path / "own", (60, 40), 21), tmp_path / "runs"
+    flags = ["--algos", "bc", "--datasets", own, "--tasks", "own", "--seeds", "3", "--jobs", "2"]
+    flags += ["--", "--steps", "800", "--batch-size", "4", "--eval-every", "0", "--log-every", "1"]
+    flags += ["--feature-dim", "8", "--hidden-dim", "8", "--runs-dir", str(runs), "--device", "cpu"]
+    folder = runs / "bc" / "own" / "own"
+    with subprocess.Popen(["./benchmark.sh", *map(str, flags)], cwd=repo, text=True, start_new_session=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT) as process:  # fmt: skip
+        deadline = time.monotonic() + 60
+        while not all(rows(folder / f"seed{seed}") > 20 for seed in (0, 1)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(process.pid, number)  # as a terminal's Ctrl-C reaches the shell
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, output
+    assert output.splitlines()[-1].startswith("0 finished, 0 finished before, 0 skipped, 3 stopped or not begun")
+    for seed in (0, 1):
+        assert list((folder / f"seed{seed}").glob("checkpoint-*"))
+        assert "with a checkpoint; the same command continues" in (folder / f"seed{seed}.log").read_text()
+        common.lock_file(folder / f"seed{seed}" / ".lock").close()  # nobody holds it: the run has ended
+    assert not (folder / "seed2").exists()
+    dry = benchmark(repo, "--dry-run", *flags).stdout.splitlines()
+    assert [bool(re.search(r"  # step \d+$", line)) for line in dry] == [True, True, False]
+    result = benchmark(repo, *flags)
+    assert result.returncode == 0, result.stdout
+    assert "3 finished" in result.stdout
+    for seed in (0, 1, 2):
+        assert rows(folder / f"seed{seed}") == 800
+        assert ("continuing" in (folder / f"seed{seed}.log").read_text()) == (seed < 2)
+
+
+def rows(run: Path) -> int:
+    """Rows of train.csv, each step once."""
+    if not (run / "train.csv").exists():
+        return 0
+    with open(run / "train.csv", newline="") as file:
+        steps = [row["step"] for row in csv.DictReader(file)]
+    assert len(steps) == len(set(steps))
+    return len(steps)
+
+
+def test_sets_are_staged_whole_with_their_parts(repo, tmp_path):
+    task = tmp_path / "data" / "made" / "own"
+    parts = [write_set(task / name, (6,), 21, seed=seed) for seed, name in enumerate(("medium-21px", "expert-21px"))]
+    (task / "medexp-21px").mkdir()
+    meta = {"format": 1, "name": "medexp", "parts": ["../medium-21px", "../expert-21px"]}
+    (task / "medexp-21px" / "meta.json").write_text(json.dumps(meta))
+    node = tmp_path / "node"
+    (node / "made" / "own" / "expert-21px.partial").mkdir(parents=True)  # a copy that was killed
+    for _ in range(2):
+        result = run_python(repo / "benchmarks" / "rows.py", "--stage", task / "medexp-21px", node)
+        assert result.stdout.strip() == str(node), result.stderr
+        dataset = common.Dataset(node / "made" / "own" / "medexp-21px")
+        assert dataset.num_transitions == 12
+        for part, copy in zip(parts, dataset.parts):
+            assert copy.path.is_relative_to(node)
+            assert (part / "image.npy").read_bytes() == (copy.path / "image.npy").read_bytes()
+        (node / "made" / "own" / "medexp-21px" / "mine").touch()  # would be gone if it were copied again
+    assert (node / "made" / "own" / "medexp-21px" / "mine").exists()
+
+
+def test_runs_read_the_staged_set(repo, tiny_set, tmp_path):
+    words = [
+        "--algos",
+        "bc",
+        "--tasks",
+        "walker-walk",
+        "--datasets",
+        "random",
+        "--seeds",
+        1,
+        "--stage-dir",
+        "$NODE/a b",
+    ]
+    words += ["--", *SHORT, "--transitions", 1000, "--data-dir", tiny_set.parents[2], "--runs-dir", tmp_path / "runs"]
+    result = benchmark(repo, *words, NODE=str(tmp_path / "node"))
+    assert result.returncode == 0, result.stdout
+    config = tmp_path / "runs" / "bc" / "walker-walk" / tiny_set.name / "seed0" / "config.json"
+    assert json.loads(config.read_text())["args"]["data_dir"] == str(tmp_path / "node" / "a b")
+
+
+# ---- Slurm ----
+
+
+@pytest.fixture
+def slurm(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("slurm")
+    started = subprocess.run([ROOT / "tests" / "slurm.sh", "start", folder], capture_output=True, text=True)
+    assert started.returncode == 0, started.stderr
+    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
+    yield folder
+    subprocess.run(["scancel", "--user=root"], check=False)
+    subprocess.run([ROOT / "tests" / "slurm.sh", "stop", folder], check=False)
+
+
+def queue() -> dict[str, tuple[str, str]]:
+    """array_task -> (job id, state) of what is not over."""
+    text = subprocess.run(["squeue", "-h", "-r", "-o", "%i %A %T"], capture_output=True, text=True, check=True).stdout
+    return {task: (job, state) for task, job, state in map(str.split, text.splitlines())}
+
+
+def wait_until(condition, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, queue()
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not all(map(shutil.which, ("sbatch", "slurmd", "slurmctld", "munged"))),
+    reason="needs root and Debian's slurm-wlm and munge",
+)
+def test_slurm_array(repo, slurm, tmp_path):
+    """Eight runs, two at a time: sets first, one algorithm fails; one run reaches its time limit's signal, one is
+    requeued by the scheduler; both continue from their checkpoints."""
+    runs, data = tmp_path / "runs", tmp_path / "data"
+    words = [
+        "--algos",
+        "bc,bad",
+        "--tasks",
+        "walker-walk",
+        "--datasets",
+        "random",
+        "--seeds",
+        4,
+        "--slurm",
+        "--jobs",
+        2,
+    ]
+    words += [
+        "--slurm-args",
+        "--partition=test --time=10 --export=ALL",
+        "--stage-dir",
+        f"{tmp_path}/$SLURM_JOB_PARTITION",
+    ]
+    words += ["--", "--steps", 1000, "--batch-size", 2, "--eval-every", 0, "--log-every", 1, "--device", "cpu"]
+    words += ["--feature-dim", 8, "--hidden-dim", 8]
+    words += ["--transitions", 500, "--data-dir", data, "--runs-dir", runs]
+    environment = {"SLURM_CONF": os.environ["SLURM_CONF"]}
+    result = benchmark(repo, *words, **environment)
+    assert result.returncode == 0, result.stdout
+    assert re.search(r"^job \d+ makes 1 sets\narray \d+: 8 runs", result.stdout), result.stdout
+    assert not data.exists()  # nothing was made here
+    states = queue()
+    array = re.search(r"array (\d+):", result.stdout)[1]
+    assert [state for task, (_, state) in states.items() if task.startswith(f"{array}_")] == ["PENDING"] * 8
+    folder = runs / "bc" / "walker-walk" / "random-84px-500"
+    wait_until(lambda: all(rows(folder / f"seed{seed}") > 20 for seed in (0, 1)), 120)
+    first, second = (queue()[f"{array}_{task}"][0] for task in (1, 2))
+    # What Slurm sends before the time limit. scancel itself goes on asking, for the job is soon no longer running.
+    asking = subprocess.Popen(["scancel", "--batch", "--signal=USR1", first], stderr=subprocess.DEVNULL)
+    subprocess.run(["scontrol", "requeue", second], check=True)  # what preemption does
+    wait_until(lambda: all(queue().get(f"{array}_{task}", ("", ""))[1] == "PENDING" for task in (1, 2)), 60)
+    asking.kill()  # else it would signal the continued run too
+    asking.wait()
+    for task in (1, 2):  # Slurm lets requeued jobs wait for two minutes
+        subprocess.run(["scontrol", "update", f"JobId={array}_{task}", "StartTime=now"], check=True)
+    for seed in (0, 1):
+        assert "with a checkpoint; the same command continues" in (folder / f"seed{seed}.log").read_text()
+        assert rows(folder / f"seed{seed}") < 1000
+    wait_until(lambda: not queue(), 240)
+    for seed in range(4):
+        assert (folder / f"seed{seed}" / "finished.json").exists()
+        assert rows(folder / f"seed{seed}") == 1000
+        assert ("continuing" in (folder / f"seed{seed}.log").read_text()) == (seed < 2)
+        config = json.loads((folder / f"seed{seed}" / "config.json").read_text())
+        assert config["args"]["data_dir"] == f"{tmp_path}/test"  # staged, the name looked up in the job
+    logs = [path.read_text() for path in (repo / "runs" / "slurm").glob(f"{array}_*.log")]
+    assert sum("RuntimeError: no good" in log and log.startswith("failed ") for log in logs) == 4
+    again = benchmark(repo, *words, **environment)
+    assert "array" in again.stdout and ": 4 runs (4 were finished" in again.stdout
+    shutil.rmtree(repo / "runs")
