@@ -1,31 +1,59 @@
-"""Collects finished runs: one row each in results/summary.csv, their evaluations under results/curves/.
+"""What finished runs have shown: results/summary.csv, a page to look at, two variants side by side.
 
-    python report.py --add runs/drq_bc/walker-walk/medium-84px/seed0 runs/drq_bc/walker-walk/medium-84px/seed1
+    python report.py --add runs/drq_bc/walker-walk/medium-84px/seed*   # write rows and curves under results/
+    python report.py                                                   # results/ and runs/ -> report/index.html
+    python report.py --compare drq_bc my_idea                          # or drq_bc:tag; the interval of the difference
+    python report.py --docs                                            # fills the tables in README.md and docs/
 
-Adding a run again replaces its row. A row reports the last evaluation and the mean of the last max(2, 10 %), never the
-best evaluation: that one is chosen by the test set."""
+A run reports its last evaluation and the mean of the last max(2, 10 %), never the best one, which is chosen by the test
+set. Runs are averaged over seeds alone: same algorithm, tag, task, set, source, data, steps and quick. Intervals are
+95 %: of a mean over seeds Student's, of aggregates a bootstrap stratified by row (arXiv:2108.13264), for which quick
+runs and rows of fewer than MIN_SEEDS seeds do not count."""
 
+import base64
 import csv
+import hashlib
 import io
 import json
 import math
+import re
+import statistics
+import subprocess
 import sys
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import HERE, UserError, late_mean, lock_file, one_line_errors, write_atomically
+import numpy as np
+
+from common import HERE, STANDARD_SETS, UserError, late_mean, lock_file, one_line_errors, write_atomically
 
 KEY = ("algo", "task", "dataset", "source", "tag", "seed", "quick")  # one row per run
 COLUMNS = ("algo", "task", "dataset", "source", "data_hash", "data_mean", "render", "tag", "seed", "steps", "quick",
            "score_last", "score_late_mean", "success_last", "success_late_mean", "env_steps", "episodes", "wall_s",
            "hardware", "versions", "commit", "command")  # fmt: skip
+CELL = ("task", "dataset", "source", "data_hash", "quick")  # variants with equal CELLs can be compared
+TABLE = (*CELL, "algo", "tag", "steps", "data_mean", "seeds", "score_last", "score_last_low", "score_last_high",
+         "score_late_mean", "score_late_mean_low", "score_late_mean_high", "paper_mean", "paper_std", "wall_s",
+         "hardware", "commits", "notes")  # fmt: skip
+SCORES = ("score_last", "score_late_mean")
+MIN_SEEDS = 3  # of a row in an aggregate
+VIDEO_BYTES = 14_000_000  # of all videos in the page, before base64 adds a third
 Row = dict[str, str]
 
 
 @dataclass
 class Args:
-    add: tuple[str, ...] = ()  # folders of finished runs
+    add: tuple[str, ...] = ()  # folders of finished runs: write their rows and curves under results/ and stop
+    compare: tuple[str, ...] = ()  # two variants, ALGO or ALGO:TAG: print their difference and stop
+    docs: bool = False  # fill the tables of README.md and docs/*.md from results/ and stop
     results_dir: str | None = None  # where summary.csv and curves/ are; None: results/ beside this file
+    runs_dir: str | None = None  # where run folders are; None: runs/ beside this file
+    out: str = "report"  # where the page goes
+
+
+# ==== Runs and results/ ====
 
 
 def read_run(path: Path) -> tuple[Row, str]:
@@ -94,11 +122,8 @@ def curve_file(results: Path, row: Row) -> Path:
     return base / row["algo"] / row["task"] / set_name / f"{row['tag']}{'-' * bool(row['tag'])}seed{row['seed']}.csv"
 
 
-def main(args: Args) -> None:
-    if not args.add:
-        raise UserError("--add RUN [RUN ...]: name the folder of at least one finished run")
-    results = Path(args.results_dir or HERE / "results")
-    runs = [read_run(Path(path)) for path in args.add]  # all are whole before anything is written
+def add(folders: Iterable[str], results: Path) -> None:
+    runs = [read_run(Path(path)) for path in folders]  # all are whole before anything is written
     results.mkdir(parents=True, exist_ok=True)
     with lock_file(results / ".lock", wait=f"another process is writing {results}; waiting for it"):
         rows = {identity(row): row for row in read_summary(results / "summary.csv")}
@@ -113,6 +138,352 @@ def main(args: Args) -> None:
         writer.writeheader()
         writer.writerows(rows[key] for key in sorted(rows))
         write_atomically(results / "summary.csv", table.getvalue())
+
+
+# ==== What there is ====
+
+
+@dataclass
+class Result:
+    """A finished run, from results/ or from its folder."""
+
+    row: Row  # COLUMNS
+    curve: list[tuple[int, float]]  # step, score of each evaluation
+    folder: Path | None = None
+    config: dict | None = None
+
+    @property
+    def name(self) -> str:
+        return self.row["algo"] + (f":{self.row['tag']}" if self.row["tag"] else "")
+
+
+def curve_of(text: str) -> list[tuple[int, float]]:
+    return [(int(row["step"]), float(row["score"])) for row in csv.DictReader(io.StringIO(text))]
+
+
+def gather(results: Path, runs: Path | None) -> tuple[list[Result], list[str]]:
+    """Every finished run (a run folder is preferred to its row in results/), and what could not be read, in words."""
+    found, problems = {}, []
+    for row in read_summary(results / "summary.csv"):
+        try:
+            text = curve_file(results, row).read_text()
+            found[identity(row)] = Result(row, curve_of(text))
+        except (OSError, KeyError, ValueError) as error:
+            problems.append(f"{curve_file(results, row)}: {error}")
+    for config in sorted(runs.rglob("config.json")) if runs else ():
+        folder = config.parent
+        if not (folder / "finished.json").exists():
+            problems.append(f"{folder}: not finished; its command continues")
+            continue
+        try:
+            row, text = read_run(folder)
+            found[identity(row)] = Result(row, curve_of(text), folder, json.loads(config.read_text()))
+        except UserError as error:
+            problems.append(str(error).removeprefix("--add "))
+    return [found[key] for key in sorted(found)], problems
+
+
+def groups_of(runs: list[Result]) -> dict[tuple, list[Result]]:
+    """(CELL..., variant, steps) -> its seeds. Nothing else is ever averaged."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[(*(run.row[name] for name in CELL), run.name, int(run.row["steps"]))].append(run)
+    return dict(sorted(groups.items(), key=lambda item: order(item[0])))
+
+
+def order(key: tuple) -> tuple:
+    """Tasks and sets in the paper's order, quick runs last."""
+    task, dataset, _, _, quick, *_ = key
+    tasks, name = ("walker-walk", "cheetah-run", "humanoid-walk"), dataset.split("-")[0]
+    places = (names.index(one) if one in names else 99 for names, one in ((tasks, task), (STANDARD_SETS, name)))
+    return (quick == "True", *places, key)
+
+
+def published() -> dict[tuple, tuple[float, float]]:
+    """(task, set, algo) -> mean, deviation over six seeds (V-D4RL Table 1, official data)."""
+    with open(HERE / "results" / "published.csv", newline="") as file:
+        rows = csv.DictReader(file)
+        return {(row["task"], row["dataset"], row["algo"]): (float(row["mean"]), float(row["std"])) for row in rows}
+
+
+# ==== Statistics ====
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean and Student's 95 % interval of it; nan where there is one value."""
+    mean, n = statistics.fmean(values), len(values)
+    if n < 2:
+        return mean, math.nan, math.nan
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+def difference(a: list[float], b: list[float]) -> tuple[float, float, float]:
+    """mean(b) - mean(a) and Welch's 95 % interval of it; nan where either is a single value."""
+    gap = statistics.fmean(b) - statistics.fmean(a)
+    if min(len(a), len(b)) < 2:
+        return gap, math.nan, math.nan
+    va, vb = (statistics.variance(values) / len(values) for values in (a, b))
+    if va + vb == 0:
+        return gap, gap, gap
+    from scipy.stats import t
+
+    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
+    half = float(t.ppf(0.975, freedom)) * math.sqrt(va + vb)
+    return gap, gap - half, gap + half
+
+
+def iqm(scores: np.ndarray) -> float:
+    """Mean of the middle half of all values."""
+    from scipy.stats import trim_mean
+
+    return float(trim_mean(scores, 0.25, axis=None))
+
+
+def stratified_bootstrap(rows: list[list[float]], statistic, draws: int = 2000, level: float = 0.95):
+    """Percentile interval of statistic(all values), the seeds of each row drawn anew with replacement."""
+    rng, values = np.random.default_rng(0), [np.asarray(row, float) for row in rows]
+    samples = [
+        statistic(np.concatenate([row[rng.integers(len(row), size=len(row))] for row in values])) for _ in range(draws)
+    ]
+    low, high = np.percentile(samples, [50 * (1 - level), 50 * (1 + level)])
+    return float(low), float(high)
+
+
+def longest(groups: dict[tuple, list[Result]]) -> dict[str, dict[tuple, list[Result]]]:
+    """variant -> CELL -> its seeds; where a variant has runs of several lengths, the longest."""
+    found = defaultdict(dict)
+    for (*cell, name, _), runs in sorted(groups.items(), key=lambda item: item[0][-1]):
+        found[name][tuple(cell)] = runs
+    return found
+
+
+def aggregate(groups: dict[tuple, list[Result]]) -> tuple[list[tuple], list[dict]]:
+    """IQM per variant over the rows that all variants with any countable row share. Returns those rows, and dicts."""
+    countable = {key: runs for key, runs in groups.items() if key[4] != "True" and len(runs) >= MIN_SEEDS}
+    variants = longest(countable)
+    shared = [
+        cell for cell in dict.fromkeys(key[:-2] for key in countable) if all(cell in v for v in variants.values())
+    ]
+    found = []
+    for name, cells in sorted(variants.items()) if shared else ():
+        rows = [[float(run.row["score_last"]) for run in cells[cell]] for cell in shared]
+        low, high = stratified_bootstrap(rows, iqm)
+        runs = sum(map(len, rows))
+        found.append({"name": name, "iqm": iqm(np.concatenate(rows)), "low": low, "high": high, "runs": runs})
+    return shared, found
+
+
+# ==== Tables ====
+
+
+def table_row(key: tuple, runs: list[Result], paper: dict) -> dict:
+    """TABLE of one group; numbers, None where there is none."""
+    row = dict(zip(CELL, key)) | {"algo": runs[0].row["algo"], "tag": runs[0].row["tag"], "steps": key[-1]}
+    row |= {"seeds": len(runs), "data_mean": float(runs[0].row["data_mean"])}
+    for name in SCORES:
+        values = interval([float(run.row[name]) for run in runs])
+        row |= {name + end: round(v, 2) if math.isfinite(v) else None for end, v in zip(("", "_low", "_high"), values)}
+    found = re.fullmatch(r"([a-z]+)-\d+px", row["dataset"])  # the standard set of its name, not a smaller one
+    mean, std = paper.get((row["task"], found[1] if found else "", row["algo"]), (None, None))
+    row |= {"paper_mean": mean, "paper_std": std}
+    row["wall_s"] = round(statistics.median(float(run.row["wall_s"]) for run in runs), 1)
+    row["hardware"] = " + ".join(dict.fromkeys(run.row["hardware"] for run in runs))
+    row["commits"] = " ".join(dict.fromkeys(run.row["commit"] for run in runs))
+    notes = ["quick"] if row["quick"] == "True" else []
+    notes += [f"{len(runs)} seed" + "s" * (len(runs) > 1)] if len(runs) < MIN_SEEDS else []
+    row["notes"] = ", ".join(notes + ["uncommitted code"] * ("-dirty" in row["commits"]))
+    return {name: row[name] for name in TABLE}
+
+
+def bracket(low: float | None, high: float | None, sign: str = "") -> str:
+    return f" [{low:{sign}.1f}, {high:{sign}.1f}]" if low is not None and math.isfinite(low) else ""
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
+
+
+def markdown(rows: list[tuple[dict, list[Result]]]) -> str:
+    """The table that --docs writes."""
+    lines = ["| command | seeds | data: source, mean / 10 | last score | mean of the late ones | paper | wall clock |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for row, runs in rows:
+        words = runs[0].row["command"].replace(" --overwrite", "").removeprefix("algos/")
+        words = re.sub(r" --seed \d+", "", words)
+        last, late = (f"{row[name]:.1f}" + bracket(row[name + "_low"], row[name + "_high"]) for name in SCORES)
+        paper = "" if row["paper_mean"] is None else f"{row['paper_mean']:.1f} ± {row['paper_std']:.1f}"
+        data = f"{row['source']}, {row['data_mean'] / 10:.1f}"
+        clock = f"{duration(row['wall_s'])}, {row['hardware']}"
+        lines.append(f"| `{words}` | {row['seeds']} | {data} | {last} | {late} | {paper} | {clock} |")
+    return "\n".join(lines)
+
+
+def fill_docs(results: Path, pages: list[Path]) -> None:
+    """Writes the table between `<!-- results algo=cql quick=False -->` and `<!-- end -->`; columns of TABLE filter."""
+    groups = groups_of(gather(results, None)[0])
+    rows = [(table_row(key, runs, published()), runs) for key, runs in groups.items()]
+
+    def table(found: re.Match) -> str:
+        wanted = dict(word.split("=") for word in found[1].split())
+        chosen = [(row, runs) for row, runs in rows if all(str(row[name]) == value for name, value in wanted.items())]
+        text = markdown(chosen) if chosen else "Nothing has been measured yet."
+        return f"<!-- results{found[1]} -->\n{text}\n<!-- end -->"
+
+    for page in pages:
+        old = page.read_text()
+        new = re.sub(r"<!-- results((?: \w+=\S+)*) -->\n.*?<!-- end -->", table, old, flags=re.S)
+        if new != old:
+            write_atomically(page, new)
+            print(f"filled {page}")
+
+
+def compare(names: tuple[str, ...], runs: list[Result]) -> str:
+    """Two variants on the rows they share, and the interval of their difference (second minus first)."""
+    if len(names) != 2:
+        raise UserError("--compare A B: two variants, ALGO or ALGO:TAG")
+    variants = longest(groups_of(runs))
+    for name in names:
+        if name not in variants:
+            known = ", ".join(sorted(variants)) or "none"
+            raise UserError(f"--compare {name}: no finished run; there are {known}")
+    cells = [variants[name] for name in names]
+    shared = sorted(cells[0].keys() & cells[1].keys(), key=order)
+    lines = [] if shared else ["no row in common: task, set, source, data and quick must be equal"]
+    for score, what in zip(SCORES, ("last score", "mean of the late evaluations")) if shared else ():
+        lines += ["", f"{what}: mean over seeds (their number), difference with its 95 % interval"]
+        lines += [f"{'':52}{names[0]:>20}{names[1]:>20}   difference"]
+        gaps = []
+        for cell in shared:
+            a, b = ([float(run.row[score]) for run in one[cell]] for one in cells)
+            lengths = dict.fromkeys(f"{int(one[cell][0].row['steps']):,}" for one in cells)
+            title = " ".join(cell[:3]) + f" {' and '.join(lengths)} steps" + " quick" * (cell[4] == "True")
+            means = [f"{statistics.fmean(values):.1f} ({len(values)})" for values in (a, b)]
+            gap, low, high = difference(a, b)
+            gaps.append(gap)
+            lines.append(f"{title:52}{means[0]:>20}{means[1]:>20}   {gap:+.1f}" + bracket(low, high, "+"))
+        if len(shared) > 1:
+            lines.append(f"{f'mean of {len(shared)} rows':92}   {statistics.fmean(gaps):+.1f}")
+    for name, one, other in ((names[0], *cells), (names[1], *cells[::-1])):
+        lines += [f"only {name}: {' '.join(cell[:3])}, data {cell[3]}" for cell in one if cell not in other]
+    return "\n".join(lines).strip()
+
+
+# ==== Page ====
+
+
+def small_video(path: Path, cache: Path) -> bytes:
+    """An evaluation video at half its size, re-encoded once."""
+    import imageio_ffmpeg
+
+    name = hashlib.sha256(f"{path.resolve()} {path.stat().st_mtime_ns}".encode()).hexdigest()[:16]
+    target = cache / f"{name}.mp4"
+    if not target.exists():
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y", "-i", path, "-vf", "scale=168:168"]
+        command += ["-c:v", "libx264", "-crf", "30", "-preset", "slow", "-pix_fmt", "yuv420p", "-movflags", "faststart"]
+        subprocess.run([*command, target], check=True)
+    return target.read_bytes()
+
+
+def page_data(groups: dict, problems: list[str], paper: dict, out: Path) -> dict:
+    """What report.html shows, as JSON."""
+    shared, methods = aggregate(groups)
+    rows, used = [], 0
+    for key, runs in groups.items():
+        row = table_row(key, runs, paper) | {"name": key[-2], "cell": " ".join(key[:-2]), "video": None}
+        row["runs"] = [run.row | {"curve": run.curve, "config": run.config and run.config["args"]} for run in runs]
+        for run in runs:
+            if run.folder and (run.folder / "evaluation.mp4").exists() and not row["video"]:
+                try:
+                    video = small_video(run.folder / "evaluation.mp4", out / "videos")
+                except (OSError, subprocess.CalledProcessError, ImportError) as error:
+                    problems.append(f"{run.folder / 'evaluation.mp4'}: {error}")
+                    continue
+                used += len(video)
+                if used > VIDEO_BYTES:
+                    problems.append(f"{run.folder / 'evaluation.mp4'}: left out, the page would exceed 20 MB")
+                else:
+                    row["video"] = "data:video/mp4;base64," + base64.b64encode(video).decode()
+                    row["video_of"] = f"seed {run.row['seed']}"
+        rows.append(row)
+    rows_counted = [f"{cell[0]} {cell[1]}" for cell in shared]
+    return {"rows": rows, "methods": methods, "shared": rows_counted, "problems": problems, "min_seeds": MIN_SEEDS}
+
+
+def plot_curves(groups: dict, paper: dict, out: Path) -> list[Path]:
+    """One PNG per task (quick runs apart): a panel per set, a line per variant, thin ones per seed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("note: matplotlib is not installed; no curves as PNG")
+        return []
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figures, written = defaultdict(lambda: defaultdict(dict)), []
+    for (task, dataset, source, data_hash, quick, name, steps), runs in groups.items():
+        label = f"{name}, {steps:,} updates ({len(runs)})"
+        figures[task + "-quick" * (quick == "True")][f"{dataset}, {source}", data_hash][label] = runs
+    names = sorted({key[-2] for key in groups})
+    for task, panels in figures.items():
+        figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False, sharey=True)
+        for axis, ((title, _), variants) in zip(axes[0], panels.items()):
+            for label, runs in variants.items():
+                color = f"C{names.index(runs[0].name) % 10}"
+                for run in runs:
+                    axis.plot(*zip(*run.curve), color=color, linewidth=0.7, alpha=0.5 if len(runs) > 1 else 1)
+                if len({tuple(step for step, _ in run.curve) for run in runs}) == 1:  # the same evaluations
+                    steps = [step for step, _ in runs[0].curve]
+                    mean = np.mean([[score for _, score in run.curve] for run in runs], 0)
+                    axis.plot(steps, mean, color=color, linewidth=2, label=label)
+                reported = paper.get(
+                    (runs[0].row["task"], runs[0].row["dataset"].rsplit("-", 1)[0], runs[0].row["algo"])
+                )
+                if reported:
+                    axis.axhline(reported[0], color=color, linestyle=":", linewidth=1)
+            axis.set(title=title, xlabel="gradient updates", ylim=(0, 100))
+            axis.legend(fontsize=8)
+        axes[0][0].set_ylabel("score (return / 10)")
+        figure.suptitle(f"{task}: evaluations; dotted: the paper, on official data")
+        figure.tight_layout()
+        written.append(out / f"curves-{task}.png")
+        figure.savefig(written[-1], dpi=120)
+        pyplot.close(figure)
+    return written
+
+
+def write_report(results: Path, runs: Path, out: Path) -> None:
+    found, problems = gather(results, runs if runs.is_dir() else None)
+    groups, paper = groups_of(found), published()
+    (out / "videos").mkdir(parents=True, exist_ok=True)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, TABLE, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table_row(key, group, paper) for key, group in groups.items())
+    write_atomically(out / "table.csv", table.getvalue())
+    plot_curves(groups, paper, out)
+    data = json.dumps(page_data(groups, problems, paper, out)).replace("</", "<\\/")
+    page = (HERE / "benchmarks" / "report.html").read_text().replace("/*DATA*/null", data)
+    write_atomically(out / "index.html", page)
+    for problem in problems:
+        print(f"left out: {problem}")
+    print(
+        f"{len(found)} runs in {len(groups)} rows: {out / 'index.html'} ({len(page) / 1e6:.1f} MB), table.csv, curves"
+    )
+
+
+def main(args: Args) -> None:
+    results, runs = Path(args.results_dir or HERE / "results"), Path(args.runs_dir or HERE / "runs")
+    if args.add:
+        add(args.add, results)
+    elif args.compare:
+        print(compare(args.compare, gather(results, runs if runs.is_dir() else None)[0]))
+    elif args.docs:
+        fill_docs(results, [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))])
+    else:
+        write_report(results, runs, Path(args.out))
 
 
 if __name__ == "__main__":

@@ -19,18 +19,13 @@ STYLE = ("algo, task, dataset, source, data_hash, data_mean, render, tag, seed, 
          "command")  # fmt: skip
 
 
-def write_run(path: Path, scores=(10.0, 80.0, 20.0, 30.0), success=None, finished=None, source="made", **args) -> Path:
+def write_run(path: Path, scores=(10.0, 80.0, 20.0, 30.0), success=None, finished=None, source="made", algo="drq_bc",
+              dataset="medium-84px", data_hash="0123456789abcdef", **args) -> Path:  # fmt: skip
     """A finished run folder as common.Run leaves it, evaluated every 100 steps."""
     args = {"task": "walker-walk", "tag": "", "seed": 0, "quick": False} | args
-    facts = {"set": "medium-84px", "source": source, "hash": "0123456789abcdef", "mean_return": 441.2345}
+    facts = {"set": dataset, "source": source, "hash": data_hash, "mean_return": 441.2345}
     args |= {"precision": "bf16", "accelerate": "eager"}
-    config = {
-        "algo": "drq_bc",
-        "args": args,
-        "dataset": facts | {"render": "fast"},
-        "commit": "abc-dirty",
-        "resumed": [],
-    }
+    config = {"algo": algo, "args": args, "dataset": facts | {"render": "fast"}, "commit": "abc-dirty", "resumed": []}
     config |= {"versions": {"torch": "2.13.0", "numpy": "2.3.5"}, "hardware": "2 cores of X, Y"}
     config |= {"command": 'algos/drq_bc.py --tag "a, b"'}
     path.mkdir(parents=True)
@@ -207,9 +202,8 @@ def test_command_line(tmp_path):
     done = run_script("report.py", "--add", *runs, "--results-dir", tmp_path / "results")
     assert done.returncode == 0 and done.stdout.count("added") == 2, done.stderr
     (runs[0] / "finished.json").unlink()
-    for words in (["--add", runs[0]], []):
-        failed = run_script("report.py", *words, "--results-dir", tmp_path / "results")
-        assert failed.returncode == 1 and failed.stderr.startswith("error: --add") and failed.stderr.count("\n") == 1
+    failed = run_script("report.py", "--add", runs[0], "--results-dir", tmp_path / "results")
+    assert failed.returncode == 1 and failed.stderr.startswith("error: --add") and failed.stderr.count("\n") == 1
     assert len(read(tmp_path / "results")) == 2
 
 

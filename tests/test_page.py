@@ -1,0 +1,312 @@
+"""report.py beyond --add: what is averaged, intervals, --compare, --docs, and the page in a real browser."""
+
+import csv
+import itertools
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_python
+from test_report import write_run
+
+import report
+from common import UserError, save_video
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Empty results/ and runs/."""
+    (tmp_path / "results").mkdir()
+    (tmp_path / "runs").mkdir()
+    return tmp_path
+
+
+def write_seeds(folders, last_scores, algo="drq_bc", **kwargs) -> None:
+    for seed, score in enumerate(last_scores):
+        words = [
+            algo,
+            *(str(kwargs.get(name, "")) for name in ("task", "dataset", "tag", "source", "quick", "data_hash")),
+        ]
+        path = folders / "runs" / "-".join([*words, str(len(kwargs.get("extra", ()))), f"seed{seed}"])
+        curve = (5.0, *kwargs.get("extra", ()), score - 2, score)
+        write_run(path, curve, algo=algo, seed=seed, **{k: v for k, v in kwargs.items() if k != "extra"})
+
+
+def table(folders) -> list[dict]:
+    flags = {"results_dir": str(folders / "results"), "runs_dir": str(folders / "runs"), "out": str(folders / "report")}
+    report.main(report.Args(**flags))
+    with open(folders / "report" / "table.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- statistics ----
+
+
+def test_students_interval():
+    """t(0.975, 2) = 4.3027; the values have standard deviation 2."""
+    mean, low, high = report.interval([10.0, 12.0, 14.0])
+    assert (mean, high - mean) == (12.0, pytest.approx(4.3027 * 2 / math.sqrt(3), rel=1e-4))
+    assert mean - low == pytest.approx(high - mean)
+    assert report.interval([7.0])[0] == 7.0 and all(map(math.isnan, report.interval([7.0])[1:]))
+
+
+def test_welchs_interval():
+    """Variances 4 / 3 and 16 / 3 of the means: 6.67 together, 2.94 degrees of freedom, t(0.975, 2.94) = 3.22."""
+    gap, low, high = report.difference([10.0, 12.0, 14.0], [20.0, 24.0, 28.0])
+    assert gap == 12.0
+    assert high - gap == pytest.approx(gap - low) == pytest.approx(3.22 * math.sqrt(20 / 3), rel=2e-3)
+    assert math.isnan(report.difference([1.0], [2.0, 3.0])[1])
+    assert report.difference([1.0, 1.0], [2.0, 2.0]) == (1.0, 1.0, 1.0)
+
+
+def test_iqm_is_the_mean_of_the_middle_half():
+    assert report.iqm(np.array([0.0, 100, 10, 20])) == 15.0
+    assert report.iqm(np.arange(8.0)) == 3.5
+
+
+def test_bootstrap_is_stratified_by_row():
+    """By hand: rows {0, 4} and {8, 12}. A resample takes two of each row; sorted, the middle two of the four values
+    average to 4 with probability 3/16, to 6 with 10/16, to 8 with 3/16. Not stratified, 0 and 12 would occur."""
+    rows = [[0.0, 4.0], [8.0, 12.0]]
+    pairs = [list(itertools.product(row, repeat=2)) for row in rows]
+    by_hand = [np.mean(sorted(a + b)[1:3]) for a, b in itertools.product(*pairs)]
+    assert [by_hand.count(value) for value in (4, 6, 8)] == [3, 10, 3]
+    assert report.stratified_bootstrap(rows, report.iqm) == (4.0, 8.0)  # 2.5 % < 3/16
+    assert report.stratified_bootstrap(rows, report.iqm, level=0.7) == (4.0, 8.0)  # 15 % < 3/16 = 18.75 %
+    assert report.stratified_bootstrap(rows, report.iqm, level=0.6) == (6.0, 6.0)  # 20 % > 3/16
+    assert report.stratified_bootstrap([[3.0], [5.0]], np.mean) == (4.0, 4.0)
+
+
+# ---- what is averaged ----
+
+
+def test_seeds_alone_are_averaged(folders):
+    write_seeds(folders, [40, 44, 48])
+    write_seeds(folders, [10], tag="x")
+    write_seeds(folders, [20], source="vd4rl")
+    write_run(folders / "runs" / "other-data", (5.0, 30.0, 30.0), seed=7, data_hash="f" * 16)
+    write_seeds(folders, [50], quick=True)
+    write_seeds(folders, [60], task="cheetah-run")
+    write_seeds(folders, [70], algo="bc")
+    write_seeds(folders, [80], dataset="medium-84px-20000")
+    rows = table(folders)
+    assert sorted(float(row["score_last"]) for row in rows) == [10, 20, 30, 44, 50, 60, 70, 80]
+    (row,) = [row for row in rows if row["seeds"] == "3"]
+    half = 4.3027 * 4 / math.sqrt(3)
+    assert float(row["score_last_low"]) == pytest.approx(44 - half, abs=0.01)
+    assert float(row["score_last_high"]) == pytest.approx(44 + half, abs=0.01)
+    assert (row["score_late_mean"], row["paper_mean"], row["paper_std"]) == ("43.0", "46.8", "2.3")
+    assert row["notes"] == "uncommitted code"  # write_run says abc-dirty
+    by_score = {float(row["score_last"]): row for row in rows}
+    assert by_score[50]["notes"] == "quick, 1 seed, uncommitted code"
+    assert by_score[80]["paper_mean"] == ""  # a smaller set is not the paper's
+    assert by_score[60]["paper_mean"] == "53.0"
+
+
+def test_runs_of_other_lengths_are_rows_of_their_own(folders):
+    write_seeds(folders, [40])
+    write_run(folders / "runs" / "longer", (1.0, 2.0, 3.0, 4.0, 90.0), seed=1)
+    assert [(row["steps"], row["seeds"]) for row in table(folders)] == [("300", "1"), ("500", "1")]
+
+
+def test_results_and_run_folders_are_one_run(folders):
+    run = write_run(folders / "runs" / "one")
+    report.main(report.Args(add=(str(run),), results_dir=str(folders / "results")))
+    assert len(table(folders)) == 1
+    shutil.rmtree(run)
+    assert table(folders)[0]["score_last"] == "30.0"  # from results/ alone
+
+
+def test_broken_and_unfinished_folders_are_listed_and_do_not_stop_the_report(folders, capsys):
+    write_seeds(folders, [40, 44, 48])
+    broken = [write_run(folders / "runs" / name, seed=seed) for seed, name in enumerate("abc", 10)]
+    (broken[0] / "config.json").write_text("{")
+    (broken[1] / "finished.json").unlink()
+    (broken[2] / "eval.csv").write_text("step,score\n1,")
+    assert [row["seeds"] for row in table(folders)] == ["3"]
+    output = capsys.readouterr().out
+    assert f"left out: {broken[0]}: malformed" in output
+    assert f"left out: {broken[1]}: not finished" in output
+    assert f"left out: {broken[2]}: malformed" in output
+    page = (folders / "report" / "index.html").read_text()
+    assert all(str(path) in page for path in broken)
+
+
+def aggregate_of(folders) -> tuple[list, list[dict]]:
+    runs, _ = report.gather(folders / "results", folders / "runs")
+    return report.aggregate(report.groups_of(runs))
+
+
+def test_aggregates_count_shared_rows_of_enough_seeds_alone(folders):
+    for algo, scores in (("bc", [10, 20, 30]), ("drq_bc", [40, 50, 60])):
+        write_seeds(folders, scores, algo=algo)
+        write_seeds(folders, scores, algo=algo, task="cheetah-run")
+        write_seeds(folders, [99, 99], algo=algo, dataset="expert-84px")  # two seeds
+        write_seeds(folders, [99, 99, 99], algo=algo, dataset="mixed-84px", quick=True)
+    write_seeds(folders, [90, 90, 90], algo="bc", dataset="medexp-84px")  # drq_bc has no such row
+    shared, methods = aggregate_of(folders)
+    assert [cell[:2] for cell in shared] == [("walker-walk", "medium-84px"), ("cheetah-run", "medium-84px")]
+    assert [(method["name"], method["iqm"], method["runs"]) for method in methods] == [("bc", 20, 6), ("drq_bc", 50, 6)]
+    assert methods[0]["low"] < 20 < methods[0]["high"]
+
+
+def test_no_aggregate_without_enough_seeds(folders):
+    write_seeds(folders, [10, 20])
+    assert aggregate_of(folders) == ([], [])
+
+
+def test_a_variant_counts_with_its_longest_runs(folders):
+    write_seeds(folders, [10, 10, 10])
+    write_seeds(folders, [50, 50, 50], extra=(1.0, 2.0))
+    assert aggregate_of(folders)[1][0]["iqm"] == 50
+
+
+# ---- --compare and --docs ----
+
+
+def test_compare(folders, capsys):
+    write_seeds(folders, [10, 12, 14])
+    write_seeds(folders, [20, 24, 28], algo="my_idea")  # no registration
+    write_seeds(folders, [1], algo="my_idea", task="cheetah-run", tag="b")
+    args = report.Args(results_dir=str(folders / "results"), runs_dir=str(folders / "runs"))
+    args.compare = ("drq_bc", "my_idea")
+    report.main(args)
+    lines = capsys.readouterr().out.splitlines()
+    row = " ".join(lines[2].split())
+    assert row == "walker-walk medium-84px made 300 steps 12.0 (3) 24.0 (3) +12.0 [+3.7, +20.3]"
+    args.compare = ("my_idea", "my_idea:b")
+    report.main(args)
+    assert capsys.readouterr().out.startswith("no row in common")
+    for names, message in ((("drq_bc",), "two variants"), (("drq_bc", "nope"), "there are drq_bc, my_idea, my_idea:b")):
+        args.compare = names
+        with pytest.raises(UserError, match=message):
+            report.main(args)
+
+
+def test_docs_are_filled_from_results_alone(folders):
+    write_seeds(folders, [10, 12, 14])
+    runs = sorted(map(str, (folders / "runs").iterdir()))
+    report.main(report.Args(add=tuple(runs[:2]), results_dir=str(folders / "results")))
+    page = folders / "page.md"
+    page.write_text("above\n<!-- results algo=drq_bc quick=False -->\nold\n<!-- end -->\nbetween\n"
+                    "<!-- results algo=cql -->\n<!-- end -->\nbelow\n")  # fmt: skip
+    for _ in range(2):  # filling again changes nothing
+        report.fill_docs(folders / "results", [page])
+        text = page.read_text()
+        assert "old" not in text and text.startswith("above\n<!--") and text.endswith("<!-- end -->\nbelow\n")
+        assert "| 2 | made, 44.1 | 11.0 [-1.7, 23.7] | 10.0 [-2.7, 22.7] | 46.8 ± 2.3 | 0 min, 2 cores of X, Y" in text
+        assert "<!-- results algo=cql -->\nNothing has been measured yet.\n<!-- end -->" in text
+
+
+def test_the_repositorys_pages_are_filled():
+    """python report.py --docs has been run since results/ changed."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    before = [page.read_text() for page in pages]
+    try:
+        report.fill_docs(ROOT / "results", pages)
+        assert [page.read_text() for page in pages] == before
+    finally:
+        for page, text in zip(pages, before):
+            page.write_text(text)
+
+
+# ---- the page ----
+
+
+@pytest.fixture(scope="module")
+def browser():
+    webdriver = pytest.importorskip("selenium.webdriver")
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs Debian's chromium and chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+def texts(browser, selector: str) -> list[str]:
+    return browser.execute_script(f"return [...document.querySelectorAll('{selector}')].map(e => e.innerText)")
+
+
+def test_the_page_in_a_browser(folders, browser):
+    for algo, base in (("bc", 10), ("drq_bc", 40)):
+        write_seeds(folders, [base, base + 5, base + 10], algo=algo)
+        write_seeds(folders, [base], algo=algo, task="cheetah-run", dataset="expert-84px")
+    write_seeds(folders, [33], algo="bc", dataset="medium-84px-20000", quick=True, tag="</script>")
+    video = next((folders / "runs").glob("bc-*-seed0")) / "evaluation.mp4"
+    save_video(video, list(np.random.default_rng(0).integers(0, 256, (30, 3, 84, 84), np.uint8)))
+    rows = table(folders)
+    page = folders / "report" / "index.html"
+    assert page.stat().st_size < 20e6
+    for width in (1440, 390):
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                                {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False})  # fmt: skip
+        browser.get(page.as_uri())
+        assert browser.execute_script("return document.documentElement.scrollWidth") <= width  # nothing sticks out
+        shown = browser.execute_script(
+            "return [...document.querySelectorAll('#table tbody tr')].map(r => [...r.cells].map(c => c.innerText))"
+        )
+        assert len(shown) == len(rows) == 5
+        for cells, row in zip(shown, rows):
+            task, dataset, name, seeds, last, late, paper, data, steps, clock = (cell.split("\n") for cell in cells)
+            assert (task, dataset, seeds) == ([row["task"]], [row["dataset"]], [row["seeds"]])
+            assert name[0] == row["algo"] + (f":{row['tag']}" if row["tag"] else "")
+            for cell, column in ((last, "score_last"), (late, "score_late_mean")):
+                ends = [row[f"{column}_{end}"] for end in ("low", "high")]
+                assert cell[0] == f"{float(row[column]):.1f}"
+                assert cell[1:] == ([f"[{float(ends[0]):.1f}, {float(ends[1]):.1f}]"] if ends[0] else [])
+            assert paper == [
+                f"{float(row['paper_mean']):.1f} ± {float(row['paper_std']):.1f}" if row["paper_mean"] else ""
+            ]
+            assert data == [f"{row['source']}, {float(row['data_mean']) / 10:.1f}"]
+            assert steps == [f"{int(row['steps']):,}"]
+            assert clock == ["0 min", row["hardware"]]
+            assert all(note in "".join(name) for note in row["notes"].split(", "))
+    assert len(texts(browser, "#cards section")) == 3
+    assert "bc" in texts(browser, "#aggregate")[0] and "1 rows" in texts(browser, "#aggregate")[0]
+
+    def choose(name, value):
+        browser.execute_script(f"const s = document.querySelector('[name={name}]'); s.value = {json.dumps(value)};"
+                               "s.dispatchEvent(new Event('change'))")  # fmt: skip
+        return len(texts(browser, "#table tbody tr")), len(texts(browser, "#cards section"))
+
+    assert choose("task", "cheetah-run") == (2, 1)
+    assert choose("algo", "bc") == (1, 1)
+    assert choose("dataset", "medium-84px") == (0, 0)
+    assert browser.execute_script("return !document.getElementById('none').hidden")
+    assert choose("task", "") == (1, 1)
+    assert [choose(name, "") for name in ("algo", "dataset")][-1] == (5, 3)
+    browser.execute_script("document.querySelector('[name=quick]').click()")
+    assert len(texts(browser, "#table tbody tr")) == 4
+    browser.execute_script("""
+        const chart = document.querySelector('#cards svg'), box = chart.getBoundingClientRect();
+        chart.dispatchEvent(new PointerEvent('pointermove', {clientX: box.right - 10, clientY: box.top + 5}))""")
+    assert texts(browser, ".reading")[0] == "drq_bc at 300: seed 0 40.0, seed 1 45.0, seed 2 50.0"
+    assert browser.execute_script("return document.querySelectorAll('.variant.on .seed').length") == 3
+    played = browser.execute_async_script("""
+        const done = arguments[arguments.length - 1], video = document.querySelector('video');
+        video.muted = true;
+        video.ontimeupdate = () => { if (video.currentTime > 0.2) done(video.videoWidth); };
+        video.onerror = () => done(String(video.error && video.error.message));
+        video.play().catch(error => done(String(error)))""")
+    assert played == 168
+    browser.execute_script("document.querySelector('details').open = true")
+    assert any("algos/drq_bc.py" in text and "precision" in text for text in texts(browser, "pre"))
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+def test_the_command_line(folders):
+    write_seeds(folders, [40, 44, 48])
+    flags = ["--results-dir", folders / "results", "--runs-dir", folders / "runs", "--out", folders / "page"]
+    result = run_python(ROOT / "report.py", *flags, cwd=folders)
+    assert result.returncode == 0, result.stderr
+    assert "3 runs in 1 rows" in result.stdout
+    names = {path.name for path in (folders / "page").iterdir()}
+    assert names == {"index.html", "table.csv", "curves-walker-walk.png", "videos"}
+    assert (folders / "page" / "curves-walker-walk.png").read_bytes().startswith(b"\x89PNG")
