@@ -10,6 +10,7 @@ set. Runs are averaged over seeds alone: same algorithm, tag, task, set, source,
 95 %: of a mean over seeds Student's, of aggregates a bootstrap stratified by row (arXiv:2108.13264), for which quick
 runs and rows of fewer than MIN_SEEDS seeds do not count."""
 
+import ast
 import base64
 import csv
 import hashlib
@@ -321,8 +322,24 @@ def markdown(rows: list[tuple[dict, list[Result]]]) -> str:
     return "\n".join(lines)
 
 
+def lines_of(name: str, file: Path) -> str:
+    """Where a function, class, Class.method, Class.field or constant is defined, as the end of a link: #L3-L9."""
+
+    def defines(node, part: str) -> bool:
+        assigned = [*getattr(node, "targets", []), getattr(node, "target", None)]
+        return part in (getattr(node, "name", None), *(getattr(target, "id", None) for target in assigned))
+
+    node = ast.parse(file.read_text())
+    for part in name.split("."):
+        node = next((one for one in getattr(node, "body", []) if defines(one, part)), None)
+        if node is None:
+            raise UserError(f"{file} defines no {name}, to which a page links")
+    return f"#L{node.lineno}" + f"-L{node.end_lineno}" * (node.end_lineno > node.lineno)
+
+
 def fill_docs(results: Path, pages: list[Path]) -> None:
-    """Writes the table between `<!-- results algo=cql quick=False -->` and `<!-- end -->`; columns of TABLE filter."""
+    """Writes the table between `<!-- results algo=cql quick=False -->` and `<!-- end -->` (columns of TABLE filter),
+    and the line numbers of links whose text is code: [`Agent.update`](../algos/bc.py#L1)."""
     groups = groups_of(gather(results, None)[0])
     rows = [(table_row(key, runs, published()), runs) for key, runs in groups.items()]
 
@@ -335,6 +352,8 @@ def fill_docs(results: Path, pages: list[Path]) -> None:
     for page in pages:
         old = page.read_text()
         new = re.sub(r"<!-- results((?: \w+=\S+)*) -->\n.*?<!-- end -->", table, old, flags=re.S)
+        link = r"(\[`([\w.]+)`\]\(([\w./]+\.py))(?:#L\d+(?:-L\d+)?)?\)"
+        new = re.sub(link, lambda m, page=page: f"{m[1]}{lines_of(m[2], page.parent / m[3])})", new)
         if new != old:
             write_atomically(page, new)
             print(f"filled {page}")

@@ -1,6 +1,5 @@
-"""What the pages promise: their commands name real scripts and flags, their links and numbers hold."""
+"""What the pages promise: their commands name real scripts and flags, their links and line counts hold."""
 
-import csv
 import functools
 import re
 import shlex
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_python
 
-PAGES = ["README.md", "data/README.md"]
+PAGES = ["README.md", "data/README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 SCRIPTS = {path.name: path for folder in ("algos", "data", "benchmarks", ".") for path in (ROOT / folder).glob("*.py")}
 
 
@@ -33,10 +32,11 @@ def help_of(script: Path, *subcommand: str) -> str:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_command_names_a_script_and_flags_that_exist(page):
-    assert len(commands(page)) >= 5
+    assert len(commands(page)) >= 2
     for words in commands(page):
-        script = SCRIPTS[Path(words[0]).name.replace("my_idea", "drq_bc")]
-        assert words[0] in (script.name, "my_idea.py") or (ROOT / words[0]).is_file(), words
+        called = words[0].replace("my_idea", "drq_bc")  # a copy that the reader makes
+        script = SCRIPTS[Path(called).name]
+        assert called == script.name or (ROOT / called).is_file(), words
         subcommand = words[1:2] if script.name == "vd4rl.py" else []
         known = set(re.findall(r"--[a-z0-9-]+", help_of(script, *subcommand)))
         typed = {word.split("=")[0] for word in words if word.startswith("--")}
@@ -45,7 +45,7 @@ def test_every_command_names_a_script_and_flags_that_exist(page):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text())
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text())
     assert len(links) >= 1
     assert [link for link in links if "://" not in link and not (ROOT / page).parent.joinpath(link).exists()] == []
 
@@ -56,18 +56,3 @@ def test_line_counts():
     assert {name for name, _ in counts} == {f"algos/{path.name}" for path in ours}
     for name, count in counts:
         assert len((ROOT / name).read_text().splitlines()) == int(count), name
-
-
-def test_scores_are_those_of_the_results():
-    """Each row of the learning table: its command, data mean, both scores and time stand in one row of summary.csv."""
-    with open(ROOT / "results" / "summary.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    row_of_page = r"^\| `([^`]+)`[^|]*\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|"
-    table = re.findall(row_of_page, (ROOT / "README.md").read_text(), re.M)
-    assert len(table) >= 3
-    for command, *numbers in table:
-        runs = [row for row in rows if row["command"].startswith(f"algos/{command}")]
-        measured = [
-            (float(row["data_mean"]) / 10, float(row["score_last"]), float(row["score_late_mean"])) for row in runs
-        ]
-        assert numbers in [[f"{number:.1f}" for number in row] for row in measured], command

@@ -1,0 +1,71 @@
+"""The commands of docs/your_own_idea.md, typed one after another; links of docs/ to lines of code."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ENVIRONMENT, ROOT
+
+import report
+from common import UserError
+
+
+def test_line_links_follow_the_code(tmp_path):
+    (tmp_path / "algos").mkdir()
+    (tmp_path / "docs").mkdir()
+    source = tmp_path / "algos" / "x.py"
+    source.write_text("A = 1\n\n\nclass Agent:\n    b: int = 2\n\n    def act(self):\n        return 1\n")
+    page = tmp_path / "docs" / "x.md"
+    page.write_text("".join(f"[`{name}`](../algos/x.py#L99-L100) " for name in ("A", "Agent", "Agent.b", "Agent.act")))
+    report.fill_docs(tmp_path, [page])
+    assert re.findall(r"#[L0-9-]+", page.read_text()) == ["#L1", "#L4-L8", "#L5", "#L7-L8"]
+    source.write_text("\n\n" + source.read_text())
+    report.fill_docs(tmp_path, [page])
+    assert re.findall(r"#[L0-9-]+", page.read_text()) == ["#L3", "#L6-L10", "#L7", "#L9-L10"]
+    page.write_text("[`Agent.gone`](../algos/x.py)")
+    with pytest.raises(UserError, match=r"x\.py defines no Agent\.gone"):
+        report.fill_docs(tmp_path, [page])
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_walk_throughs_link_and_paste_no_code(page):
+    text = page.read_text()
+    assert re.search(r"\[`[\w.]+`\]\(\.\./algos/\w+\.py#L\d+", text)
+    assert not re.search(r"^\s*(def|class|import|self\.|return) ", text, re.M)
+
+
+@pytest.mark.slow
+def test_the_commands_from_a_copied_file_to_the_comparison(tmp_path):
+    """As they stand on the page, in a copy of the repository whose --quick runs are tiny."""
+    for name in ("algos", "benchmarks", "data", "tests", "results", "docs"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("common.py", "report.py", "benchmark.sh", "pytest.ini", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    tiny = '{"transitions": 1000, "batch_size": 8, "steps": 4, "eval_every": 4, "eval_episodes": 1}'
+    for file in (tmp_path / "algos").glob("*.py"):
+        file.write_text(re.sub(r"^QUICK = .*", f"QUICK = {tiny}", file.read_text(), flags=re.M))
+    blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "docs" / "your_own_idea.md").read_text(), re.M | re.S)
+    commands = [line for block in blocks for line in block.splitlines()]
+    assert len(commands) == 8
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    env = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"} | {"PATH": path}
+    outputs = {}
+    for command in commands:
+        done = subprocess.run(command, shell=True, cwd=tmp_path, env=env, text=True, timeout=600,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        assert done.returncode == 0, f"{command}\n{done.stdout}"
+        outputs[command] = done.stdout
+    idea = (tmp_path / "algos" / "my_idea.py").read_text()
+    assert "bc_loss = F.l1_loss(" in idea and idea.startswith('"""Based on: drq_bc.')
+    printed = outputs["pytest -q -s tests/test_same_code.py -k printed"]
+    assert "+++ my_idea.Agent.actor_loss" in printed or "my_idea.Agent.actor_loss" in printed
+    assert "F.l1_loss" in printed
+    assert re.search(r"12 runs, 2 at a time; 1 finished before|11 runs, 2 at a time; 1 finished before",
+                     outputs[commands[5]])  # fmt: skip
+    compared = outputs["python report.py --compare drq_bc my_idea"]
+    assert len(re.findall(r"walker-walk med\w+-84px-1000 made 4 steps quick.*\(3\).*\(3\)   [+-]", compared)) == 4
+    assert (tmp_path / "report" / "index.html").exists()
