@@ -2,7 +2,7 @@
 # The whole table: every algorithm x task x set x seed, on this machine or as a Slurm array.
 #
 #   ./benchmark.sh --dry-run                                   # what would be run, one command per line
-#   ./benchmark.sh --quick --seeds 2 --jobs 2                  # small runs on two CPU cores
+#   ./benchmark.sh --quick --tasks walker-walk --datasets expert --seeds 2 --jobs 2    # small runs on two CPU cores
 #   ./benchmark.sh --algos drq_bc,cql --tasks walker-walk --datasets medium,expert --seeds 3 --gpus 2 --jobs 4
 #   ./benchmark.sh --algos drq_bc --tag alpha1 -- --bc-alpha 1 # words after -- go to every run
 #   ./benchmark.sh --slurm --slurm-args '--partition=gpu --gres=gpu:1 --time=4:00:00' --stage-dir '$TMPDIR'
@@ -20,7 +20,8 @@
 #   --dry-run          print the commands, with where each run stands, and stop
 #
 # Finished runs are left alone and stopped ones continue: call it again after an interruption. Ctrl-C stops every run
-# with a checkpoint. The log of a run is beside its folder, <folder>.log. The status is 1 if a run failed.
+# with a checkpoint. The log of a run is beside its folder, <folder>.log. At the end report.py writes report/ (of all
+# runs there are). The status is 1 if a run failed.
 set -euo pipefail
 shopt -s extglob
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -30,7 +31,7 @@ cd "$root"
 fail() { echo "error: $*" >&2; exit 2; }
 words() { tr ', ' '\n\n' <<<"$1" | grep -v '^$' | tr '\n' ' '; } # a list, separated by commas or spaces
 
-algos='' tasks='' datasets='' seeds=6 jobs='' gpus='' stage_dir='' slurm='' slurm_args='' dry_run='' row='' extra=()
+report=(--out report) algos='' tasks='' datasets='' seeds=6 jobs='' gpus='' stage_dir='' slurm='' slurm_args='' dry_run='' row='' extra=()
 while (($#)); do
   case $1 in
     --algos | --tasks | --datasets | --seeds | --jobs | --gpus | --stage-dir | --slurm-args | --source | --tag | --row)
@@ -87,6 +88,9 @@ fi
 
 # ---- all rows ----
 
+for ((i = 0; i + 1 < ${#extra[@]}; i++)); do # the report looks where the runs are
+  [[ ${extra[i]} != --runs-dir ]] || report+=(--runs-dir "${extra[i + 1]}")
+done
 [[ $seeds == +([0-9]) ]] && seeds=$(seq 0 $((seeds - 1)))
 flags=(--seeds $(words "${seeds//$'\n'/ }"))
 for name in algos tasks datasets; do [[ -z ${!name} ]] || flags+=("--$name" $(words "${!name}")); done
@@ -197,6 +201,7 @@ for ((i = 0; i < total; i++)); do
     *) stopped=$((stopped + 1)) ;;
   esac
 done
+((finished == 0)) || python report.py "${report[@]}"
 for reason in ${skipped[@]+"${skipped[@]}"}; do echo "skipped $reason"; done
 for run in ${failed[@]+"${failed[@]}"}; do
   echo "failed  $run, the end of $run.log:"

@@ -824,7 +824,8 @@ def hardware(device: str) -> str:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{cores()} cores of {name}"
+    used = torch.get_num_threads()
+    return (f"{used} of " if used < cores() else "") + f"{cores()} cores of {name}"
 
 
 def has_bf16(device: str) -> bool:

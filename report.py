@@ -309,8 +309,8 @@ def duration(seconds: float) -> str:
 
 def markdown(rows: list[tuple[dict, list[Result]]]) -> str:
     """The table that --docs writes."""
-    lines = ["| command | seeds | data: source, mean / 10 | last score | mean of the late ones | paper | wall clock |"]
-    lines += ["|---|---|---|---|---|---|---|"]
+    names = "command", "updates", "seeds", "data: source, mean / 10", "last score", "late mean", "paper", "wall clock"
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for row, runs in rows:
         words = runs[0].row["command"].replace(" --overwrite", "").removeprefix("algos/")
         words = re.sub(r" --seed \d+", "", words)
@@ -318,7 +318,9 @@ def markdown(rows: list[tuple[dict, list[Result]]]) -> str:
         paper = "" if row["paper_mean"] is None else f"{row['paper_mean']:.1f} ± {row['paper_std']:.1f}"
         data = f"{row['source']}, {row['data_mean'] / 10:.1f}"
         clock = f"{duration(row['wall_s'])}, {row['hardware']}"
-        lines.append(f"| `{words}` | {row['seeds']} | {data} | {last} | {late} | {paper} | {clock} |")
+        lines.append(
+            f"| `{words}` | {row['steps']:,} | {row['seeds']} | {data} | {last} | {late} | {paper} | {clock} |"
+        )
     return "\n".join(lines)
 
 

@@ -1,14 +1,15 @@
 """CQL (arXiv:2006.04779) on DrQ-v2's networks, as V-D4RL runs it (arXiv:2206.04779 B.3), offline, from pixels.
 
     y    = reward + discount * min_j Q'_j(z', a'),  a' = clip(pi(z') + clipped noise)
-    L_Q  = sum_j (Q_j(z, a) - y)^2 + cql_alpha * (log sum_k exp Q_j(z, a_k) - Q_j(z, a))  (2006.04779 Eq. 4, CQL(H))
+    L_Q  = sum_j [(Q_j(z, a) - y)^2 + cql_alpha * (log sum_k exp Q_j(z, a_k) - Q_j(z, a))]
     L_pi = -min_j Q_j(z, a~),  a~ = clip(pi(z) + clipped noise)
 
-a_k: 31 actions per observation, namely a of the data, and 10 each uniform, of pi(z) and of pi(z'), all valued at z.
+L_Q is CQL(H)'s (2006.04779 Eq. 4, which halves the TD error: its alpha is cql_alpha / 2). a_k, all valued at z: a of
+the data, 10 uniform actions, 10 of pi(z') and 10 of pi(z), these with the clipped noise of a'; 31 in all.
 All losses are means over the batch. There is no entropy and no temperature: DrQ-v2's actor is not SAC's.
 z = encoder(random shift of three stacked frames), z' of the frames n steps later; the encoder learns from L_Q alone,
 the conservative term included.
-Dims: B batch, C = 3 * frame_stack channels, S pixels per side, A action, E embedding, K features, N actions a_k.
+Dims: B batch, C = 3 * frame_stack channels, S pixels per side, A action, E embedding, N actions a_k.
 Differs from the released code (marked DIFF n where it happens):
   DIFF 1: one step = one gradient update; theirs counts loop turns and updates on every second.
   DIFF 2: lr 1e-4 (DrQ-v2's), n = 3 and noise over 250,000 updates (Table 9); theirs 3e-4, 1, 125,000.
@@ -17,7 +18,7 @@ Differs from the released code (marked DIFF n where it happens):
   DIFF 5: the bootstrap factor is the product of the n discounts; theirs the last one (equal where none is 0).
   DIFF 6: each evaluation runs the same seeded episodes, the last one on the final weights; theirs are new each time.
   DIFF 7: cql_alpha is Table 10's, by task and set; their README's command has 10 for any.
-  DIFF 8: the critic's trunk runs once and K features are repeated; theirs repeats E = 39,200 of them. Equal numbers.
+  DIFF 8: the critic's trunk runs once for all a_k; theirs repeats the embedding. Equal up to rounding.
   DIFF 9: --precision auto is bf16 autocast where the hardware has it natively; theirs fp32.
 Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
 
@@ -73,7 +74,7 @@ class Args:
     cql_alpha: float = 1.0  # weight of the conservative term: TUNED below (Table 10); 1.0 where the paper gives none
     cql_actions: Literal["full", "uniform"] = "full"  # a_k as above (released code), or the uniform ones (B.3's text)
     cql_samples: int = 10  # actions of each kind; the data's is one more
-    importance_sample: bool = False  # Q(z, a_k) - log density of a_k, without the data's action (2006.04779 App. F)
+    importance_sample: bool = False  # Q(z, a_k) - log density of a_k, without the data's action (2006.04779 F)
     nstep: int = 3  # steps of reward before the bootstrap (Table 9; DIFF 2); an episode's last n - 1 actions go unused
     gamma: float = 0.99  # discount per control step
     tau: float = 0.01  # Polyak rate of the target critic, per update
@@ -86,7 +87,7 @@ class Args:
     eval_episodes: int = 10  # per evaluation
     log_every: int = 100  # gradient updates
     device: str = "auto"  # auto: cuda if there is one, else cpu
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the hardware has it (DIFF 8)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the hardware has it (DIFF 9)
     accelerate: Literal["auto", "eager", "compile", "graph"] = "auto"  # same mathematics; auto: eager for now
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the frames are; auto: on the GPU if they fit
 
@@ -163,7 +164,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Two action values behind one trunk. embed (B, E), action (B, A)  ->  q1, q2 (B, 1)."""
+    """Two action values behind one trunk. embed (B, E), action (B, A) or (N, B, A)  ->  q1, q2 (B, 1) or (N, B, 1)."""
 
     def __init__(self, embed_dim: int, action_dim: int, feature_dim: int, hidden_dim: int):
         super().__init__()
@@ -178,7 +179,8 @@ class Critic(nn.Module):
         )  # fmt: skip
 
     def forward(self, embed: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        pair = torch.cat([self.trunk(embed), action], -1)
+        features = self.trunk(embed).expand(*action.shape[:-1], -1)  # the trunk runs once for N actions
+        pair = torch.cat([features, action], -1)
         return self.q1(pair), self.q2(pair)
 
 
@@ -256,36 +258,32 @@ class Agent(nn.Module):
             next_action = self.noisy(next_mean, noise_std)  # (B, A)
             next_q = torch.minimum(*self.critic_target(next_embed, next_action))
             target_q = batch.reward + batch.discount * next_q  # discount: gamma^n, 0 at terminal, not timeout (DIFF 5)
-            actions, log_weight = self.conservative_actions(batch.action, self.actor(embed), next_mean, noise_std)
-        features = self.critic.trunk(embed)  # (B, K); embed with its gradient: the encoder learns from both terms
-        pairs = torch.cat([features.expand(len(actions), -1, -1), actions], -1)  # (N, B, K + A), DIFF 8
-        q1, q2 = self.critic.q1(pairs), self.critic.q2(pairs)  # (N, B, 1), the data's action first
+            actions, log_density = self.conservative_actions(batch.action, self.actor(embed), next_mean, noise_std)
+        q1, q2 = self.critic(embed, actions)  # (N, B, 1), the data's action first (DIFF 8)
         assert q1[0].shape == target_q.shape == batch.reward.shape  # (B, 1); (B,) would give (B, B)
         td_loss = F.mse_loss(q1[0], target_q) + F.mse_loss(q2[0], target_q)
-        conservative = sum(((q + log_weight).logsumexp(0) - q[0]).mean() for q in (q1, q2))
+        first = int(self.args.importance_sample or self.args.cql_actions == "uniform")  # 1: without the data's action
+        conservative = sum(((q - log_density)[first:].logsumexp(0) - q[0]).mean() for q in (q1, q2))
         loss = td_loss + self.args.cql_alpha * conservative
-        metrics = {"critic/loss": loss, "critic/td_loss": td_loss, "critic/conservative": conservative}
-        metrics |= {"critic/q": q1[0].mean()}
+        metrics = {"critic/loss": loss, "critic/td_loss": td_loss, "critic/q": q1[0].mean()}
+        metrics["critic/conservative"] = conservative
         return loss, embed.detach(), {name: value.detach() for name, value in metrics.items()}
 
     def conservative_actions(self, data: Tensor, mean: Tensor, next_mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """a_k of the log-sum-exp. data, mean = pi(z), next_mean = pi(z') (B, A) -> a_k (N, B, A), log-weight (N, B, 1).
+        """data, mean = pi(z), next_mean = pi(z') (B, A) -> a_k (N, B, A), the data's first, log density (N, B, 1).
 
-        The data's action is the first and weighs exp(-inf) = 0 where it does not belong to the sum."""
-        B, A = data.shape
-        uniform = torch.rand(self.args.cql_samples, B, A, device=data.device) * 2 - 1
-        actions, log_density = [uniform], [torch.full_like(uniform[..., :1], -A * math.log(2))]
-        for centre in (next_mean, mean) if self.args.cql_actions == "full" else ():
-            centre = centre.expand_as(uniform)
-            actions.append(self.noisy(centre, std))
-            # as if the noise were not clipped, like the released code: biased
-            density = -((actions[-1] - centre) / std).square() / 2 - std.log() - math.log(2 * math.pi) / 2
-            log_density.append(density.sum(-1, keepdim=True))
-        actions, log_density = torch.cat(actions), torch.cat(log_density)
-        log_weight = -log_density if self.args.importance_sample else torch.zeros_like(log_density)
-        in_sum = self.args.cql_actions == "full" and not self.args.importance_sample
-        data_weight = torch.full_like(log_weight[:1], 0.0 if in_sum else -math.inf)
-        return torch.cat([data[None], actions]), torch.cat([data_weight, log_weight])
+        Without --importance-sample the densities are taken as 1."""
+        uniform = torch.rand(self.args.cql_samples, *data.shape, device=data.device) * 2 - 1
+        means = [next_mean, mean] if self.args.cql_actions == "full" else []
+        near = [self.noisy(centre.expand_as(uniform), std) for centre in means]
+        actions = torch.cat([data[None], uniform, *near])
+        log_density = torch.zeros_like(actions)  # per dimension
+        if self.args.importance_sample:  # the policy's as if its noise were not clipped, like the released code
+            normal = [
+                -((a - m) / std).square() / 2 - std.log() - math.log(2 * math.pi) / 2 for a, m in zip(near, means)
+            ]
+            log_density = torch.cat([torch.zeros_like(data)[None], torch.full_like(uniform, -math.log(2)), *normal])
+        return actions, log_density.sum(-1, keepdim=True)
 
     def actor_loss(self, embed: Tensor, batch: Batch, noise_std: Tensor) -> tuple[Tensor, Metrics]:
         """Minus the value of a noisy action. embed (B, E) carries no gradient."""
@@ -293,7 +291,7 @@ class Agent(nn.Module):
         q = torch.minimum(*self.critic(embed, action))
         assert q.shape == batch.reward.shape and action.shape == batch.action.shape
         loss = -q.mean()
-        metrics = {"actor/loss": loss, "actor/distance": F.mse_loss(action, batch.action)}
+        metrics = {"actor/loss": loss, "actor/q": q.mean(), "actor/distance": F.mse_loss(action, batch.action)}
         return loss, {name: value.detach() for name, value in metrics.items()}
 
     def update(self, batch: Batch, noise_std: Tensor) -> Metrics:

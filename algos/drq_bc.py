@@ -147,7 +147,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """Two action values behind one trunk. embed (B, E), action (B, A)  ->  q1, q2 (B, 1)."""
+    """Two action values behind one trunk. embed (B, E), action (B, A) or (N, B, A)  ->  q1, q2 (B, 1) or (N, B, 1)."""
 
     def __init__(self, embed_dim: int, action_dim: int, feature_dim: int, hidden_dim: int):
         super().__init__()
@@ -162,7 +162,8 @@ class Critic(nn.Module):
         )  # fmt: skip
 
     def forward(self, embed: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        pair = torch.cat([self.trunk(embed), action], -1)
+        features = self.trunk(embed).expand(*action.shape[:-1], -1)  # the trunk runs once for N actions
+        pair = torch.cat([features, action], -1)
         return self.q1(pair), self.q2(pair)
 
 

@@ -25,9 +25,9 @@ SHORT = ["--steps", 4, "--batch-size", 8, "--eval-every", 0, "--device", "cpu"]
 def repo(tmp_path_factory) -> Path:
     """A copy of what benchmark.sh needs, with algos/bad.py and without a repository, runs or sets."""
     path = tmp_path_factory.mktemp("repo")
-    for name in ("algos", "benchmarks", "data"):
+    for name in ("algos", "benchmarks", "data", "results"):
         shutil.copytree(ROOT / name, path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("common.py", "benchmark.sh"):
+    for name in ("common.py", "benchmark.sh", "report.py"):
         shutil.copy(ROOT / name, path)
     text = (ROOT / "algos" / "bc.py").read_text()
     assert text.count(SABOTAGE) == 1
@@ -139,6 +139,8 @@ def test_sets_are_made_runs_share_gpus_failures_are_named_and_the_rest_goes_on(r
     skipped = re.findall(r"^skipped python algos/(\w+).py --task humanoid-walk --dataset medium .*: .*no policy is "
                          r"shipped for humanoid-walk", result.stdout, re.M)  # fmt: skip
     assert sorted(skipped) == ["bad", "bad", "bc", "bc"]
+    assert "2 runs in 2 rows" not in result.stdout  # runs without an evaluation have no score
+    assert (repo / "report" / "index.html").exists()
     again = benchmark(repo, *words)
     assert "making a set" not in again.stdout
     assert again.stdout.splitlines()[-1] == last.format(0, 2)

@@ -105,9 +105,9 @@ def test_the_31_actions():
     agent, batch = make_agent(cql), make_batch()
     mean, next_mean = torch.full((4, 2), 0.6), torch.full((4, 2), -0.6)
     torch.manual_seed(0)
-    actions, log_weight = agent.conservative_actions(batch.action, mean, next_mean, torch.tensor(0.2))
+    actions, log_density = agent.conservative_actions(batch.action, mean, next_mean, torch.tensor(0.2))
     assert actions.shape == (31, 4, 2)
-    assert not log_weight.any()  # no importance sampling, no correction for their number
+    assert not log_density.any()  # no importance sampling, no correction for their number
     assert torch.equal(actions[0], batch.action)
     assert actions[1:11].abs().max() > 0.9 and len(actions[1:11].unique()) == 80  # uniform
     for part, centre in ((actions[11:21], -0.6), (actions[21:], 0.6)):

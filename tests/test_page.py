@@ -196,7 +196,10 @@ def test_docs_are_filled_from_results_alone(folders):
         report.fill_docs(folders / "results", [page])
         text = page.read_text()
         assert "old" not in text and text.startswith("above\n<!--") and text.endswith("<!-- end -->\nbelow\n")
-        assert "| 2 | made, 44.1 | 11.0 [-1.7, 23.7] | 10.0 [-2.7, 22.7] | 46.8 ± 2.3 | 0 min, 2 cores of X, Y" in text
+        assert (
+            "| 300 | 2 | made, 44.1 | 11.0 [-1.7, 23.7] | 10.0 [-2.7, 22.7] | 46.8 ± 2.3 | 0 min, 2 cores of X, Y"
+            in text
+        )
         assert "<!-- results algo=cql -->\nNothing has been measured yet.\n<!-- end -->" in text
 
 

@@ -256,6 +256,15 @@ def test_files_import_common_alone_and_run_nothing(file):
 
 
 @pytest.mark.parametrize("file", own_files())
+def test_every_difference_of_the_header_is_marked_where_it_happens(file):
+    text = repository_files()[file]
+    header, body = text.split('"""', 2)[1:]
+    numbers = [int(number) for number in re.findall(r"^  DIFF (\d+):", header, re.M)]
+    assert numbers == list(range(1, len(numbers) + 1)) and numbers
+    assert {int(number) for number in re.findall(r"DIFF (\d+)", body)} == set(numbers)
+
+
+@pytest.mark.parametrize("file", own_files())
 def test_files_have_the_same_order(file):
     text = repository_files()[file]
     marks = ["class Args:", "\nTUNED", "\nQUICK", *BANNERS, "\ndef main(", "\nif __name__"]
