@@ -1,4 +1,4 @@
-"""benchmark.sh and benchmarks/rows.py: the list, runs side by side, failures, Ctrl-C, staging, and a real Slurm."""
+"""benchmark.sh: the list, runs side by side, failures, Ctrl-C, staging, and a real Slurm."""
 
 import csv
 import json
@@ -7,17 +7,25 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, ROOT, run_python, write_set
+from conftest import ENVIRONMENT, ROOT, write_set
 
 import common
+from common import UserError
+
+sys.path.append(str(ROOT / "benchmarks"))
+import run_all  # noqa: E402
 
 # The second algorithm of most tests: bc.py, which says on which GPU it is and ends there.
 SABOTAGE = "    step = run.load_checkpoint(agent=agent, buffer=buffer)"
 BAD = "    import os; raise RuntimeError(f\"no good on {os.environ.get('CUDA_VISIBLE_DEVICES')}\")"
+HIDDEN = ("PYTHONPATH", "CUDA_VISIBLE_DEVICES", "CLEANPIXELS_DATA")  # of this test run
+CLEAN = {name: value for name, value in ENVIRONMENT.items() if name not in HIDDEN}
+CLEAN["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # `python` is this one
 SHORT = ["--steps", 4, "--batch-size", 8, "--eval-every", 0, "--device", "cpu"]
 
 
@@ -37,9 +45,8 @@ def repo(tmp_path_factory) -> Path:
 
 def benchmark(repo: Path, *words, **environment) -> subprocess.CompletedProcess:
     """./benchmark.sh <words>, output and errors together in stdout."""
-    env = {name: value for name, value in ENVIRONMENT.items() if name not in ("PYTHONPATH", "CUDA_VISIBLE_DEVICES")}
     command = ["./benchmark.sh", *map(str, words)]
-    return subprocess.run(command, cwd=repo, env=env | environment, text=True, timeout=300,
+    return subprocess.run(command, cwd=repo, env=CLEAN | environment, text=True, timeout=300,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
 
 
@@ -49,6 +56,7 @@ def benchmark(repo: Path, *words, **environment) -> subprocess.CompletedProcess:
 def test_the_whole_table(repo):
     result = benchmark(repo, "--dry-run")
     assert result.returncode == 0, result.stdout
+    assert not (repo / "runs").exists()
     lines = result.stdout.splitlines()
     runs = [line for line in lines if line.startswith("python algos/")]
     impossible = [line for line in lines if line.startswith("# python algos/")]
@@ -59,7 +67,6 @@ def test_the_whole_table(repo):
     assert len(made) == len(set(made)) == len(runs) / files / 6  # each set once
     assert lines[: len(made)] == made  # before the runs
     assert "python algos/drq_bc.py --task cheetah-run --dataset medexp --seed 5" in runs
-    assert not (repo / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -88,15 +95,22 @@ def test_filters(repo, words, expected):
     "words, message",
     [
         (["--algos", "nope"], "--algos nope: there is no algos/nope.py; there are bad, bc, cql, drq_bc"),
-        (["--lr", "1e-3"], "--lr: unknown"),
-        (["--seeds"], "--seeds needs a value"),
+        (["--seeds", "0"], "--seeds 0 --jobs None: at least 1"),
+        (["--seeds", "3-5"], "--seeds 3-5"),
+        (["--jobs", "0"], "--jobs 0"),
+        (["--gpus", "99"], "--gpus 99: "),
         (["--datasets", "/nowhere"], "/nowhere does not exist"),
     ],
 )
 def test_mistakes_are_one_line(repo, words, message):
-    result = benchmark(repo, *words)
-    assert result.returncode != 0
+    result = benchmark(repo, "--algos", "bc", *words) if words[0] != "--algos" else benchmark(repo, *words)
+    assert result.returncode == 1
     assert message in result.stdout and result.stdout.startswith("error: ") and result.stdout.count("\n") == 1
+
+
+def test_an_unknown_flag_is_named(repo):
+    result = benchmark(repo, "--lr", "1e-3")
+    assert result.returncode == 2 and "--lr" in result.stdout
 
 
 def test_a_set_of_ones_own_is_one_row_whatever_the_tasks(repo, tmp_path):
@@ -115,13 +129,21 @@ def test_a_finished_run_with_other_flags_is_not_skipped(repo, tiny_set, tmp_path
     result = benchmark(repo, *flags, "--", *extra, "--lr", 1)
     assert result.returncode == 1
     assert "--lr 0.0001 -> 1.0" in result.stdout and "--tag" in result.stdout
+    script = repo / "algos" / "bc.py"
+    text = script.read_text()
+    try:
+        script.write_text(text.replace("F.mse_loss", "F.l1_loss"))  # results of the old file are not the new one's
+        result = benchmark(repo, *flags, "--", *extra)
+    finally:
+        script.write_text(text)
+    assert result.returncode == 1 and "bc.py has changed since" in result.stdout
 
 
 # ---- on this machine ----
 
 
 def test_sets_are_made_runs_share_gpus_failures_are_named_and_the_rest_goes_on(repo, tmp_path):
-    words = ["--algos", "bc,bad", "--tasks", "walker-walk humanoid-walk", "--datasets", "medium", "--seeds", 2]
+    words = ["--algos", "bc,bad", "--tasks", "walker-walk,humanoid-walk", "--datasets", "medium", "--seeds", 2]
     words += ["--jobs", 2, "--gpus", "3,5", "--", *SHORT, "--transitions", 500]
     words += ["--data-dir", tmp_path / "data", "--runs-dir", tmp_path / "runs"]
     shutil.rmtree(repo / "data" / "policies" / "humanoid-walk", ignore_errors=True)  # so that its set cannot be made
@@ -139,8 +161,6 @@ def test_sets_are_made_runs_share_gpus_failures_are_named_and_the_rest_goes_on(r
     skipped = re.findall(r"^skipped python algos/(\w+).py --task humanoid-walk --dataset medium .*: .*no policy is "
                          r"shipped for humanoid-walk", result.stdout, re.M)  # fmt: skip
     assert sorted(skipped) == ["bad", "bad", "bc", "bc"]
-    assert "2 runs in 2 rows" not in result.stdout  # runs without an evaluation have no score
-    assert (repo / "report" / "index.html").exists()
     again = benchmark(repo, *words)
     assert "making a set" not in again.stdout
     assert again.stdout.splitlines()[-1] == last.format(0, 2)
@@ -148,20 +168,31 @@ def test_sets_are_made_runs_share_gpus_failures_are_named_and_the_rest_goes_on(r
 
 def test_jobs_take_turns_on_the_gpus(repo, tiny_set, tmp_path):
     words = ["--algos", "bad", "--datasets", tiny_set, "--seeds", 3, "--jobs", 3, "--gpus", 2, "--"]
-    benchmark(repo, *words, *SHORT, "--runs-dir", tmp_path)
+    benchmark(repo, *words, *SHORT, "--runs-dir", tmp_path, CUDA_VISIBLE_DEVICES="4,7,8")
     gpus = [re.search("Error: no good on (.)", log.read_text())[1] for log in tmp_path.glob("bad/*/*/*.log")]
-    assert sorted(gpus) == ["0", "0", "1"]  # the third job shares the first GPU
+    assert sorted(gpus) == ["4", "4", "7"]  # two of those that are visible; the third job shares the first
 
 
-def test_a_set_that_cannot_be_made_skips_its_rows(repo, tmp_path):
+def test_a_set_whose_making_fails_skips_its_rows(repo, tmp_path):
     words = ["--algos", "bc", "--tasks", "walker-walk", "--datasets", "random", "--seeds", 2, "--"]
     result = benchmark(repo, *words, "--transitions", 100, "--data-dir", tmp_path, "--runs-dir", tmp_path)
-    assert result.returncode == 0
-    assert result.stdout.count("error: --transitions 100: at least one episode") == 3  # once, and for each row
+    assert result.returncode == 1  # unlike a set for which there is no policy
+    assert result.stdout.count("error: --transitions 100: at least one episode") == 2
     assert "0 finished, 0 finished before, 2 skipped" in result.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_the_report_of_the_runs_is_written_at_the_end(repo, tiny_set, tmp_path):
+    shutil.rmtree(repo / "report", ignore_errors=True)
+    words = ["--algos", "bc", "--datasets", tiny_set, "--seeds", 1, "--", *SHORT, f"--runs-dir={tmp_path / 'my runs'}"]
+    evaluated = [word if word != 0 else 4 for word in words] + ["--eval-episodes", 1]  # --eval-every 4
+    result = benchmark(repo, *evaluated)
+    assert result.returncode == 0, result.stdout
+    committed = len((ROOT / "results" / "summary.csv").read_text().splitlines()) - 1
+    assert f"{committed + 1} runs in " in result.stdout
+    assert tiny_set.name in (repo / "report" / "table.csv").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_stopping_stops_all_runs_with_a_checkpoint_and_the_next_call_continues(repo, tmp_path, number):
     own, runs = write_set(tmp_path / "own", (60, 40), 21), tmp_path / "runs"
     flags = ["--algos", "bc", "--datasets", own, "--tasks", "own", "--seeds", "3", "--jobs", "2"]
@@ -169,14 +200,14 @@ def test_stopping_stops_all_runs_with_a_checkpoint_and_the_next_call_continues(r
     flags += ["--feature-dim", "8", "--hidden-dim", "8", "--runs-dir", str(runs), "--device", "cpu"]
     folder = runs / "bc" / "own" / "own"
     with subprocess.Popen(["./benchmark.sh", *map(str, flags)], cwd=repo, text=True, start_new_session=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT) as process:  # fmt: skip
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=CLEAN) as process:  # fmt: skip
         deadline = time.monotonic() + 60
         while not all(rows(folder / f"seed{seed}") > 20 for seed in (0, 1)):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
-        os.killpg(process.pid, number)  # as a terminal's Ctrl-C reaches the shell
+        os.killpg(process.pid, number)  # as a terminal does
         output = process.communicate(timeout=60)[0]
-    assert process.returncode == 130, output
+    assert process.returncode == 128 + number, output
     assert output.splitlines()[-1].startswith("0 finished, 0 finished before, 0 skipped, 3 stopped or not begun")
     for seed in (0, 1):
         assert list((folder / f"seed{seed}").glob("checkpoint-*"))
@@ -203,7 +234,7 @@ def rows(run: Path) -> int:
     return len(steps)
 
 
-def test_sets_are_staged_whole_with_their_parts(repo, tmp_path):
+def test_sets_are_staged_whole_with_their_parts(tmp_path):
     task = tmp_path / "data" / "made" / "own"
     parts = [write_set(task / name, (6,), 21, seed=seed) for seed, name in enumerate(("medium-21px", "expert-21px"))]
     (task / "medexp-21px").mkdir()
@@ -212,15 +243,20 @@ def test_sets_are_staged_whole_with_their_parts(repo, tmp_path):
     node = tmp_path / "node"
     (node / "made" / "own" / "expert-21px.partial").mkdir(parents=True)  # a copy that was killed
     for _ in range(2):
-        result = run_python(repo / "benchmarks" / "rows.py", "--stage", task / "medexp-21px", node)
-        assert result.stdout.strip() == str(node), result.stderr
+        assert run_all.stage(task / "medexp-21px", node) == node
         dataset = common.Dataset(node / "made" / "own" / "medexp-21px")
         assert dataset.num_transitions == 12
         for part, copy in zip(parts, dataset.parts):
             assert copy.path.is_relative_to(node)
             assert (part / "image.npy").read_bytes() == (copy.path / "image.npy").read_bytes()
-        (node / "made" / "own" / "medexp-21px" / "mine").touch()  # would be gone if it were copied again
-    assert (node / "made" / "own" / "medexp-21px" / "mine").exists()
+        (node / "made" / "own" / "medium-21px" / "mine").touch()  # would be gone if it were copied again
+    assert (node / "made" / "own" / "medium-21px" / "mine").exists()
+    shutil.rmtree(parts[0])
+    write_set(parts[0], (8,), 21, seed=5)  # the set was made anew
+    run_all.stage(task / "medexp-21px", node)
+    assert common.Dataset(node / "made" / "own" / "medexp-21px").num_transitions == 14
+    with pytest.raises(UserError, match="a variable that is not set"):
+        run_all.stage(task / "medexp-21px", Path("/nowhere/$UNSET"))
 
 
 def test_runs_read_the_staged_set(repo, tiny_set, tmp_path):
@@ -304,17 +340,16 @@ def test_slurm_array(repo, slurm, tmp_path):
     environment = {"SLURM_CONF": os.environ["SLURM_CONF"]}
     result = benchmark(repo, *words, **environment)
     assert result.returncode == 0, result.stdout
-    assert re.search(r"^job \d+ makes 1 sets\narray \d+: 8 runs", result.stdout), result.stdout
+    assert re.search(r"^job \d+ makes 1 sets\narray \d+: 8 runs", result.stdout, re.M), result.stdout
     assert not data.exists()  # nothing was made here
     states = queue()
     array = re.search(r"array (\d+):", result.stdout)[1]
     assert [state for task, (_, state) in states.items() if task.startswith(f"{array}_")] == ["PENDING"] * 8
     folder = runs / "bc" / "walker-walk" / "random-84px-500"
     wait_until(lambda: all(rows(folder / f"seed{seed}") > 20 for seed in (0, 1)), 120)
-    first, second = (queue()[f"{array}_{task}"][0] for task in (1, 2))
     # What Slurm sends before the time limit. scancel itself goes on asking, for the job is soon no longer running.
-    asking = subprocess.Popen(["scancel", "--batch", "--signal=USR1", first], stderr=subprocess.DEVNULL)
-    subprocess.run(["scontrol", "requeue", second], check=True)  # what preemption does
+    asking = subprocess.Popen(["scancel", "--batch", "--signal=USR1", f"{array}_1"], stderr=subprocess.DEVNULL)
+    subprocess.run(["scontrol", "requeue", f"{array}_2"], check=True)  # what preemption does
     wait_until(lambda: all(queue().get(f"{array}_{task}", ("", ""))[1] == "PENDING" for task in (1, 2)), 60)
     asking.kill()  # else it would signal the continued run too
     asking.wait()
@@ -333,5 +368,5 @@ def test_slurm_array(repo, slurm, tmp_path):
     logs = [path.read_text() for path in (repo / "runs" / "slurm").glob(f"{array}_*.log")]
     assert sum("RuntimeError: no good" in log and log.startswith("failed ") for log in logs) == 4
     again = benchmark(repo, *words, **environment)
-    assert "array" in again.stdout and ": 4 runs (4 were finished" in again.stdout
+    assert "4 finished before, 0 skipped" in again.stdout and ": 4 runs." in again.stdout
     shutil.rmtree(repo / "runs")

@@ -1,0 +1,405 @@
+"""The whole table: every algorithm x task x set x seed, on this machine or as a Slurm array.
+
+    ./benchmark.sh --dry-run                                       # what would be run, one command per line
+    ./benchmark.sh --quick --tasks walker-walk --datasets expert --seeds 2 --jobs 2          # on two CPU cores
+    ./benchmark.sh --algos drq_bc,cql --datasets medium,expert --seeds 3 --gpus 2 --jobs 4   # two runs per GPU
+    ./benchmark.sh --algos drq_bc --tag alpha1 -- --bc-alpha 1     # words after -- go to every run
+    ./benchmark.sh --slurm --slurm-args '--partition=gpu --gres=gpu:1 --time=4:00:00' --stage-dir '$TMPDIR'
+
+Missing sets are made first. Finished runs are left alone and stopped ones continue, so call it again after an
+interruption; Ctrl-C stops every run with a checkpoint. What a run prints is in <its folder>.log. At the end, report.py
+writes report/ and failures are named. The status is 0 if every run that is possible has finished.
+
+Nothing here is known by an algorithm's name: a file's own Args, TUNED and QUICK are read, so your algos/my_idea.py is a
+row like any other."""
+
+import dataclasses
+import importlib.util
+import itertools
+import json
+import os
+import queue
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[1:1] = [str(ROOT), str(ROOT / "data")]
+from collect import PARTS, policy_file  # noqa: E402
+
+from common import (  # noqa: E402
+    FREE_FLAGS,
+    STANDARD_SETS,
+    UserError,
+    changed_code,
+    collect_flags,
+    cores,
+    lock_file,
+    one_line_errors,
+    read_meta,
+    run_folder,
+    set_folder,
+    typed_args,
+)
+
+
+@dataclass
+class Args:
+    algos: str = ""  # files in algos/ without .py, separated by commas; empty: all
+    tasks: str = "walker-walk,cheetah-run,humanoid-walk"  # dm_control domain-task, separated by commas
+    datasets: str = ",".join(STANDARD_SETS)  # names or folders of sets, separated by commas
+    seeds: str = "6"  # how many, from 0; or several, separated by commas: 3,4
+    source: str = ""  # as in every algorithm
+    tag: str = ""  # as in every algorithm
+    quick: bool = False  # as in every algorithm
+    jobs: int | None = None  # runs at a time; None: one per GPU, or one. Under --slurm: array tasks at a time
+    gpus: str | None = None  # how many of the visible ones, jobs in turn; or ids: 0,2. None: all; 0: none
+    stage_dir: str = ""  # copy the set there first; variables are looked up where the run is: '$TMPDIR'
+    slurm: bool = False  # submit: one job that makes the missing sets, then an array that waits for it
+    slurm_args: str = ""  # of both jobs, as given to sbatch
+    dry_run: bool = False  # print the commands, with where each run stands, and stop
+    row: str = ""  # what a task of the array runs; not for people
+
+
+@dataclass
+class Row:
+    run: str  # folder of the run
+    data: str  # folder of the set
+    make: str  # the command that makes the set; empty where it is there
+    command: str  # from the repository's root
+    state: str  # new; "step N" where a checkpoint is; finished; "impossible: why"
+
+    @property
+    def log(self) -> Path:
+        return Path(f"{self.run}.log")
+
+
+# ==== The list ====
+
+
+def list_rows(args: Args, extra: list[str]) -> list[Row]:
+    algos = args.algos or ",".join(sorted(file.stem for file in (ROOT / "algos").glob("*.py")))
+    seeds = range(int(args.seeds)) if args.seeds.isdigit() else [int(seed) for seed in args.seeds.split(",")]
+    product = itertools.product(args.tasks.split(","), args.datasets.split(","), algos.split(","))
+    rows = [row for task, dataset, algo in product for row in rows_of(algo, task, dataset, seeds, extra)]
+    return list({row.run: row for row in reversed(rows)}.values())[::-1]  # a set given by its path has one task
+
+
+def rows_of(algo: str, task: str, dataset: str, seeds, extra: list[str]):
+    """The rows of one algorithm, task and set."""
+    script = ROOT / "algos" / f"{algo}.py"
+    if not script.is_file():
+        known = ", ".join(sorted(file.stem for file in script.parent.glob("*.py")))
+        raise UserError(f"--algos {algo}: there is no algos/{algo}.py; there are {known}")
+    spec = importlib.util.spec_from_file_location(algo, script)
+    module = sys.modules[algo] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    dataset = dataset if dataset in STANDARD_SETS else str(Path(dataset).resolve())
+    words = ["--task", task, "--dataset", dataset]
+    args = typed_args(module.Args, module.TUNED, module.QUICK, [*words, *extra])
+    make, problem, source = "", "", args.source
+    if dataset in STANDARD_SETS:
+        size = re.search(r"open_dataset\(args, size=(\d+)", script.read_text())
+        if not size:
+            raise UserError(f"algos/{algo}.py has no open_dataset(args, size=N) to read the size of its images from")
+        size = int(size[1])
+        folder = set_folder(args.data_dir, source, task, dataset, size, args.transitions, args.data_seed).resolve()
+        if not (folder / "meta.json").exists():
+            make, problem = how_to_make(args, size, folder)
+    else:
+        folder = Path(dataset)
+        meta = read_meta(folder)
+        meta = read_meta(folder / meta["parts"][0]) if "parts" in meta else meta
+        args.task, source = meta["task"], meta["source"]
+    for seed in seeds:
+        args.seed = seed
+        run = run_folder(args, algo, folder.name, source).resolve()
+        state = state_of(run, args, script)
+        state = f"impossible: {problem}" if problem and state != "finished" else state
+        command = shlex.join(["python", f"algos/{algo}.py", *words, "--seed", str(seed), *extra])
+        yield Row(str(run), str(folder), make, command, state)
+
+
+def how_to_make(args, size: int, folder: Path) -> tuple[str, str]:
+    """The command that makes a standard set, or why there is none."""
+    if args.source != "made":
+        return "", f"{folder} does not exist; import the official files with data/vd4rl.py"
+    try:
+        for name in PARTS if args.dataset == "medexp" else (args.dataset,):
+            if name != "random":
+                policy_file(args.task, name)
+    except UserError as error:
+        return "", str(error)
+    return shlex.join(["python", "data/collect.py", *collect_flags(args, size)]), ""
+
+
+def state_of(run: Path, args, script: Path) -> str:
+    if (run / "finished.json").exists():
+        had = json.loads((run / "config.json").read_text())["args"]
+        asked = {name: value for name, value in vars(args).items() if value not in (None, "auto")}
+        same = all(had.get(name) == value for name, value in asked.items() if name not in FREE_FLAGS)
+        return "finished" if same and not changed_code(script, run) else "new"  # its command says what differs
+    steps = [int(path.name[11:]) for path in run.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return f"step {max(steps)}" if steps else "new"
+
+
+# ==== One row ====
+
+
+class Stop:
+    """Set by a signal: no new run begins, those that run are asked for a checkpoint."""
+
+    def __init__(self):
+        self.number, self.children, self.lock = 0, set(), threading.Lock()
+
+    def __call__(self, number: int, _) -> None:
+        self.number = number
+        for child in list(self.children):
+            child.terminate()
+
+    def run(self, words: list[str], **kwargs) -> int:
+        """The status of a command; 128 + the signal's number where it was stopped."""
+        with self.lock:
+            if self.number:
+                return 128 + self.number
+            # a session of its own: Ctrl-C reaches this program alone, which then asks each run once
+            child = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True, **kwargs)
+            self.children.add(child)
+        if self.number:  # it came meanwhile
+            child.terminate()
+        status = child.wait()
+        self.children.discard(child)
+        return 128 - status if status < 0 else status
+
+
+def run_row(row: Row, stage_dir: str, stop: Stop, gpu: str | None = None) -> int:
+    """The status of the run; what it prints is appended to row.log."""
+    row.log.parent.mkdir(parents=True, exist_ok=True)
+    words = [sys.executable, *shlex.split(row.command)[1:]]
+    environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    with open(row.log, "ab") as log:
+        if stage_dir:
+            try:
+                words += ["--data-dir", str(stage(Path(row.data), Path(os.path.expandvars(stage_dir)).resolve()))]
+            except (UserError, OSError) as error:
+                log.write(f"error: --stage-dir {stage_dir}: {error}\n".encode())
+                return 1
+        return stop.run(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def stage(folder: Path, to: Path) -> Path:
+    """Copies a standard set and its parts to `to`/<source>/<task>/, each whole or not at all. Returns `to`."""
+    if "$" in str(to):
+        raise UserError("it names a variable that is not set here")
+    parts = [(folder / part).resolve() for part in read_meta(folder).get("parts", [])]
+    for path in [*parts, folder]:
+        target = to / path.parent.parent.name / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with lock_file(target.parent / f".{target.name}.lock", wait=f"another process copies {path.name}; waiting"):
+            old = target / "meta.json"
+            if old.exists() and old.read_bytes() == (path / "meta.json").read_bytes():
+                continue
+            partial = target.with_name(f"{target.name}.partial")
+            for leftover in (partial, target):
+                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.copytree(path, partial, ignore=shutil.ignore_patterns(".lock"))
+            partial.replace(target)
+    return to
+
+
+def log_end(log: Path) -> str:
+    """The last lines of a log, for people; a progress bar counts as its newest state."""
+    lines = log.read_text(errors="replace").replace("\r", "\n").splitlines() if log.exists() else []
+    return "\n".join(f"        {line}" for line in [line for line in lines if line.strip()][-5:])
+
+
+def array_task(args: Args) -> int:
+    """One row of a Slurm array. USR1, two minutes before the time limit: a checkpoint, and the same task once more."""
+    stop, row = Stop(), Row(**json.loads(args.row))
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, stop)
+    status = run_row(row, args.stage_dir, stop)
+    if stop.number and status:
+        print(f"stopped {row.run}", flush=True)
+        if stop.number == signal.SIGUSR1:
+            task = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ)  # $SLURM_JOB_ID may mean all
+            subprocess.run(["scontrol", "requeue", task])
+    else:
+        print(f"{'failed' if status else 'finished'} {row.run}\n{log_end(row.log) if status else ''}", flush=True)
+    return status
+
+
+# ==== All rows ====
+
+
+def submit(rows: list[Row], args: Args) -> None:
+    logs = ROOT / "runs" / "slurm"
+    logs.mkdir(parents=True, exist_ok=True)
+    head = f"#!/usr/bin/env bash\ncd {shlex.quote(str(ROOT))}\n"
+    after = []
+    if sets := list(dict.fromkeys(row.make for row in rows if row.make)):
+        flags = ["--job-name=cleanpixels-sets", f"--output={logs}/sets-%j.log", "--requeue", "--open-mode=append"]
+        body = "status=0\n" + "".join(f"{make} || status=1\n" for make in sets) + "exit $status\n"
+        job = sbatch(head + body, flags, args)
+        after = [f"--dependency=afterany:{job}"]  # a set that failed fails its own rows, with the reason in their logs
+        print(f"job {job} makes {len(sets)} sets")
+    tasks = "\n".join(
+        json.dumps(dataclasses.asdict(row)) for row in rows
+    )  # inside the script, of which Slurm keeps a copy
+    program = shlex.join([sys.executable, str(Path(__file__).resolve()), f"--stage-dir={args.stage_dir}", "--row"])
+    body = f'row=$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" <<"ROWS"\n{tasks}\nROWS\n)\nexec {program} "$row"\n'
+    flags = [f"--array=1-{len(rows)}" + (f"%{args.jobs}" if args.jobs else ""), "--job-name=cleanpixels", *after]
+    flags += ["--requeue", "--signal=B:USR1@120", "--open-mode=append", f"--output={logs}/%A_%a.log"]
+    job = sbatch(head + body, flags, args)
+    print(f"array {job}: {len(rows)} runs. squeue shows them; {logs}/{job}_*.log and sacct say how they ended; the "
+          "same command submits what is not finished once more")  # fmt: skip
+
+
+def sbatch(script: str, flags: list[str], args: Args) -> str:
+    """The id of the submitted job."""
+    words = ["sbatch", "--parsable", *flags, *shlex.split(args.slurm_args)]
+    try:
+        done = subprocess.run(words, input=script, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise UserError("--slurm: there is no sbatch on this machine") from None
+    if done.returncode:
+        raise UserError(f"--slurm: {done.stderr.strip()}")
+    return done.stdout.strip().split(";")[0]
+
+
+def visible_gpus(wanted: str | None) -> list[str]:
+    if wanted and not wanted.isdigit():
+        return wanted.split(",")
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        found = [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
+    else:
+        try:
+            listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+        except OSError:
+            listed = ""
+        found = [str(i) for i, line in enumerate(re.findall(r"^GPU \d+", listed, re.M))]
+    if wanted and int(wanted) > len(found):
+        raise UserError(f"--gpus {wanted}: {len(found)} are visible here")
+    return found[: int(wanted)] if wanted else found
+
+
+def make_sets(rows: list[Row], stop: Stop) -> dict[str, str]:
+    """Makes what is missing, one set after another (each uses all cores). Returns command -> why it failed."""
+    failed = {}
+    for make in dict.fromkeys(row.make for row in rows if row.make):
+        print(f"making a set: {make}", flush=True)
+        with tempfile.TemporaryFile("w+") as errors:
+            status = stop.run([sys.executable, *shlex.split(make)[1:]], stderr=errors)
+            errors.seek(0)
+            lines = [line for line in errors.read().replace("\r", "\n").splitlines() if line.strip()]
+        if status:
+            failed[make] = lines[-1] if lines else f"status {status}"
+    return failed
+
+
+def run_here(rows: list[Row], args: Args, extra: list[str]) -> int:
+    before = sum(row.state == "finished" for row in rows)
+    skipped = [f"{row.command}: {row.state[12:]}" for row in rows if row.state.startswith("impossible")]
+    todo = [row for row in rows if row.state != "finished" and not row.state.startswith("impossible")]
+    stop, gpus = Stop(), visible_gpus(args.gpus)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
+    unmade = make_sets(todo, stop)
+    skipped += [f"{row.command}: {unmade[row.make]}" for row in todo if row.make in unmade]
+    todo = [row for row in todo if row.make not in unmade]
+    jobs = args.jobs or max(1, len(gpus))
+    if jobs > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))  # else each run takes all cores
+    with_gpus = f" on GPUs {', '.join(gpus)}" if gpus else ""
+    print(f"{len(todo)} runs, {jobs} at a time{with_gpus}; {before} finished before", flush=True)
+    waiting, results = queue.SimpleQueue(), {}
+    for row in todo:
+        waiting.put(row)
+
+    def worker(k: int) -> None:
+        gpu = gpus[k % len(gpus)] if gpus else "" if args.gpus == "0" else None
+        while not stop.number:
+            try:
+                row = waiting.get_nowait()
+            except queue.Empty:
+                return
+            status = run_row(row, args.stage_dir, stop, gpu)
+            results[row.run] = "stopped" if status in (130, 143) else "failed" if status else "finished"
+            print(f"{time.strftime('%H:%M:%S')} {results[row.run]} {row.run}", flush=True)
+
+    threads = [threading.Thread(target=worker, args=(k,)) for k in range(min(jobs, len(todo)))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    counts = Counter(results.values())
+    if counts["finished"] and not stop.number:
+        runs_dir = typed_runs_dir(extra)
+        subprocess.run([sys.executable, "report.py", *(["--runs-dir", runs_dir] if runs_dir else [])], cwd=ROOT)
+    for reason in skipped:
+        print(f"skipped {reason}")
+    for row in todo:
+        if results.get(row.run) == "failed":
+            print(f"failed  {row.run}, the end of {row.log}:\n{log_end(row.log)}")
+    left = len(todo) - counts["finished"] - counts["failed"]
+    print(f"{counts['finished']} finished, {before} finished before, {len(skipped)} skipped, {left} stopped or not "
+          f"begun, {counts['failed']} failed")  # fmt: skip
+    if stop.number:
+        return 128 + stop.number
+    return int(counts["finished"] < len(todo) or bool(unmade))
+
+
+def typed_runs_dir(extra: list[str]) -> str | None:
+    """Where --runs-dir in the words after -- points."""
+    text = "\0".join(extra)
+    found = re.search(r"(?:^|\0)--runs[-_]dir[=\0]([^\0]+)", text)
+    return found[1] if found else None
+
+
+def main(args: Args, extra: list[str]) -> int:
+    if args.row:
+        return array_task(args)
+    if args.seeds == "0" or not re.fullmatch(r"\d+(,\d+)*", args.seeds) or args.jobs == 0:
+        raise UserError(
+            f"--seeds {args.seeds} --jobs {args.jobs}: at least 1; seeds are a number, or several with commas"
+        )
+    flags = {"--source": args.source, "--tag": args.tag}
+    common = [word for flag, value in flags.items() if value for word in (flag, value)] + ["--quick"] * args.quick
+    rows = list_rows(args, [*common, *extra])
+    if args.dry_run:
+        for make in dict.fromkeys(row.make for row in rows if row.make and row.state != "finished"):
+            print(make)
+        for row in rows:
+            print("# " * row.state.startswith("impossible") + row.command + f"  # {row.state}" * (row.state != "new"))
+        return 0
+    if not args.slurm:
+        return run_here(rows, args, extra)
+    todo = [row for row in rows if row.state != "finished" and not row.state.startswith("impossible")]
+    impossible = [row for row in rows if row.state.startswith("impossible")]
+    for row in impossible:
+        print(f"skipped {row.command}: {row.state[12:]}")
+    print(f"{len(rows) - len(todo) - len(impossible)} finished before, {len(impossible)} skipped")
+    if todo:
+        submit(todo, args)
+    return 0
+
+
+if __name__ == "__main__":
+    import tyro
+
+    sys.excepthook = one_line_errors
+    cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    typed = (
+        "\0".join(sys.argv[1:cut]).replace("--slurm-args\0", "--slurm-args=").split("\0")
+    )  # its value begins with --
+    typed = typed if typed != [""] else []
+    sys.exit(main(tyro.cli(Args, args=typed, prog="benchmark.sh", description=__doc__), sys.argv[cut + 1 :]))
