@@ -317,6 +317,7 @@ class EnvPool:
             pipe.close()
         for process in processes:
             process.join(timeout=5)
+            process.kill()  # one that hangs would ignore a SIGTERM
 
 
 @contextlib.contextmanager

@@ -165,20 +165,26 @@ def curve_of(text: str) -> list[tuple[int, float]]:
 def gather(results: Path, runs: Path | None) -> tuple[list[Result], list[str]]:
     """Every finished run (a run folder is preferred to its row in results/), and what could not be read, in words."""
     found, problems = {}, []
+
+    def add_result(result: Result) -> None:
+        row = result.row
+        found[(*identity(row), row["data_hash"], row["steps"])] = result
+
     for row in read_summary(results / "summary.csv"):
         try:
-            text = curve_file(results, row).read_text()
-            found[identity(row)] = Result(row, curve_of(text))
-        except (OSError, KeyError, ValueError) as error:
+            add_result(Result(row, curve_of(curve_file(results, row).read_text())))
+        except (OSError, KeyError, TypeError, ValueError) as error:
             problems.append(f"{curve_file(results, row)}: {error}")
-    for config in sorted(runs.rglob("config.json")) if runs else ():
-        folder = config.parent
-        if not (folder / "finished.json").exists():
+    files = [
+        file for name in ("config.json", "finished.json", "eval.csv") for file in (runs.rglob(name) if runs else ())
+    ]
+    for folder in sorted({file.parent for file in files}):
+        if (folder / "config.json").exists() and not (folder / "finished.json").exists():
             problems.append(f"{folder}: not finished; its command continues")
             continue
         try:
             row, text = read_run(folder)
-            found[identity(row)] = Result(row, curve_of(text), folder, json.loads(config.read_text()))
+            add_result(Result(row, curve_of(text), folder, json.loads((folder / "config.json").read_text())))
         except UserError as error:
             problems.append(str(error).removeprefix("--add "))
     return [found[key] for key in sorted(found)], problems
@@ -198,6 +204,12 @@ def order(key: tuple) -> tuple:
     tasks, name = ("walker-walk", "cheetah-run", "humanoid-walk"), dataset.split("-")[0]
     places = (names.index(one) if one in names else 99 for names, one in ((tasks, task), (STANDARD_SETS, name)))
     return (quick == "True", *places, key)
+
+
+def standard_set(row: Row) -> str | None:
+    """random, mixed, ... where the set is the standard one at any image size, not a smaller one or another seed's."""
+    found = re.fullmatch(r"([a-z]+)-\d+px", row["dataset"])
+    return found[1] if found and found[1] in STANDARD_SETS else None
 
 
 def published() -> dict[tuple, tuple[float, float]]:
@@ -262,18 +274,28 @@ def longest(groups: dict[tuple, list[Result]]) -> dict[str, dict[tuple, list[Res
 
 
 def aggregate(groups: dict[tuple, list[Result]]) -> tuple[list[tuple], list[dict]]:
-    """IQM per variant over the rows that all variants with any countable row share. Returns those rows, and dicts."""
-    countable = {key: runs for key, runs in groups.items() if key[4] != "True" and len(runs) >= MIN_SEEDS}
-    variants = longest(countable)
-    shared = [
-        cell for cell in dict.fromkeys(key[:-2] for key in countable) if all(cell in v for v in variants.values())
-    ]
+    """IQM per variant over the rows that all of them share. Returns those rows (task, set, source), and dicts.
+
+    Counted are standard sets at any image size, full runs of MIN_SEEDS seeds or more, variants without a tag; a variant
+    with less than half as many such rows as another is left out, so that an idea under way does not shrink the rest.
+    Rows weigh by their number of seeds."""
+    variants = defaultdict(dict)
+    for name, cells in longest(groups).items():
+        for cell, runs in cells.items():
+            row = runs[0].row
+            if cell[4] != "True" and len(runs) >= MIN_SEEDS and not row["tag"] and standard_set(row):
+                variants[name][row["task"], standard_set(row), row["source"]] = [
+                    float(r.row["score_last"]) for r in runs
+                ]
+    most = max(map(len, variants.values()), default=0)
+    variants = {name: rows for name, rows in sorted(variants.items()) if 2 * len(rows) >= most}
+    shared = [row for row in next(iter(variants.values()), ()) if all(row in rows for rows in variants.values())]
     found = []
-    for name, cells in sorted(variants.items()) if shared else ():
-        rows = [[float(run.row["score_last"]) for run in cells[cell]] for cell in shared]
+    for name, by_row in variants.items() if shared else ():
+        rows = [by_row[row] for row in shared]
         low, high = stratified_bootstrap(rows, iqm)
-        runs = sum(map(len, rows))
-        found.append({"name": name, "iqm": iqm(np.concatenate(rows)), "low": low, "high": high, "runs": runs})
+        found.append({"name": name, "iqm": iqm(np.concatenate(rows)), "low": low, "high": high,
+                      "runs": sum(map(len, rows))})  # fmt: skip
     return shared, found
 
 
@@ -287,8 +309,7 @@ def table_row(key: tuple, runs: list[Result], paper: dict) -> dict:
     for name in SCORES:
         values = interval([float(run.row[name]) for run in runs])
         row |= {name + end: round(v, 2) if math.isfinite(v) else None for end, v in zip(("", "_low", "_high"), values)}
-    found = re.fullmatch(r"([a-z]+)-\d+px", row["dataset"])  # the standard set of its name, not a smaller one
-    mean, std = paper.get((row["task"], found[1] if found else "", row["algo"]), (None, None))
+    mean, std = paper.get((row["task"], standard_set(row), row["algo"]), (None, None))
     row |= {"paper_mean": mean, "paper_std": std}
     row["wall_s"] = round(statistics.median(float(run.row["wall_s"]) for run in runs), 1)
     row["hardware"] = " + ".join(dict.fromkeys(run.row["hardware"] for run in runs))
@@ -313,14 +334,14 @@ def markdown(rows: list[tuple[dict, list[Result]]]) -> str:
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for row, runs in rows:
         words = runs[0].row["command"].replace(" --overwrite", "").removeprefix("algos/")
-        words = re.sub(r" --seed \d+", "", words)
+        words = re.sub(r" --(seed|data-dir|runs-dir|log-every|buffer-device)[ =]\S+", "", words)
         last, late = (f"{row[name]:.1f}" + bracket(row[name + "_low"], row[name + "_high"]) for name in SCORES)
         paper = "" if row["paper_mean"] is None else f"{row['paper_mean']:.1f} ± {row['paper_std']:.1f}"
         data = f"{row['source']}, {row['data_mean'] / 10:.1f}"
         clock = f"{duration(row['wall_s'])}, {row['hardware']}"
-        lines.append(
-            f"| `{words}` | {row['steps']:,} | {row['seeds']} | {data} | {last} | {late} | {paper} | {clock} |"
-        )
+        notes = [note for note in row["notes"].split(", ") if note and "seed" not in note]
+        seeds = ", ".join([str(row["seeds"]), *notes])
+        lines.append(f"| `{words}` | {row['steps']:,} | {seeds} | {data} | {last} | {late} | {paper} | {clock} |")
     return "\n".join(lines)
 
 
@@ -339,9 +360,9 @@ def lines_of(name: str, file: Path) -> str:
     return f"#L{node.lineno}" + f"-L{node.end_lineno}" * (node.end_lineno > node.lineno)
 
 
-def fill_docs(results: Path, pages: list[Path]) -> None:
-    """Writes the table between `<!-- results algo=cql quick=False -->` and `<!-- end -->` (columns of TABLE filter),
-    and the line numbers of links whose text is code: [`Agent.update`](../algos/bc.py#L1)."""
+def fill_docs(results: Path, pages: list[Path]) -> dict[Path, str]:
+    """The pages' new texts: the tables between `<!-- results algo=cql quick=False -->` and `<!-- end -->` (columns of
+    TABLE filter), and the line numbers of links whose text is code: [`Agent.update`](../algos/bc.py#L1)."""
     groups = groups_of(gather(results, None)[0])
     rows = [(table_row(key, runs, published()), runs) for key, runs in groups.items()]
 
@@ -351,14 +372,14 @@ def fill_docs(results: Path, pages: list[Path]) -> None:
         text = markdown(chosen) if chosen else "Nothing has been measured yet."
         return f"<!-- results{found[1]} -->\n{text}\n<!-- end -->"
 
+    texts = {}
     for page in pages:
         old = page.read_text()
         new = re.sub(r"<!-- results((?: \w+=\S+)*) -->\n.*?<!-- end -->", table, old, flags=re.S)
         link = r"(\[`([\w.]+)`\]\(([\w./]+\.py))(?:#L\d+(?:-L\d+)?)?\)"
         new = re.sub(link, lambda m, page=page: f"{m[1]}{lines_of(m[2], page.parent / m[3])})", new)
-        if new != old:
-            write_atomically(page, new)
-            print(f"filled {page}")
+        texts[page] = new
+    return texts
 
 
 def compare(names: tuple[str, ...], runs: list[Result]) -> str:
@@ -383,10 +404,12 @@ def compare(names: tuple[str, ...], runs: list[Result]) -> str:
             title = " ".join(cell[:3]) + f" {' and '.join(lengths)} steps" + " quick" * (cell[4] == "True")
             means = [f"{statistics.fmean(values):.1f} ({len(values)})" for values in (a, b)]
             gap, low, high = difference(a, b)
-            gaps.append(gap)
+            if cell[4] != "True" and min(len(a), len(b)) >= MIN_SEEDS:
+                gaps.append(gap)
             lines.append(f"{title:52}{means[0]:>20}{means[1]:>20}   {gap:+.1f}" + bracket(low, high, "+"))
-        if len(shared) > 1:
-            lines.append(f"{f'mean of {len(shared)} rows':92}   {statistics.fmean(gaps):+.1f}")
+        if len(gaps) > 1:
+            title = f"mean of the {len(gaps)} full rows of {MIN_SEEDS} or more seeds"
+            lines.append(f"{title:92}   {statistics.fmean(gaps):+.1f}")
     for name, one, other in ((names[0], *cells), (names[1], *cells[::-1])):
         lines += [f"only {name}: {' '.join(cell[:3])}, data {cell[3]}" for cell in one if cell not in other]
     return "\n".join(lines).strip()
@@ -404,7 +427,9 @@ def small_video(path: Path, cache: Path) -> bytes:
     if not target.exists():
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y", "-i", path, "-vf", "scale=168:168"]
         command += ["-c:v", "libx264", "-crf", "30", "-preset", "slow", "-pix_fmt", "yuv420p", "-movflags", "faststart"]
-        subprocess.run([*command, target], check=True)
+        partial = target.with_suffix(".partial.mp4")
+        subprocess.run([*command, partial], check=True)
+        partial.replace(target)
     return target.read_bytes()
 
 
@@ -414,6 +439,9 @@ def page_data(groups: dict, problems: list[str], paper: dict, out: Path) -> dict
     rows, used = [], 0
     for key, runs in groups.items():
         row = table_row(key, runs, paper) | {"name": key[-2], "cell": " ".join(key[:-2]), "video": None}
+        row["text"] = {
+            name: [f"{row[name]:.1f}", bracket(row[f"{name}_low"], row[f"{name}_high"]).strip()] for name in SCORES
+        }
         row["runs"] = [run.row | {"curve": run.curve, "config": run.config and run.config["args"]} for run in runs]
         for run in runs:
             if run.folder and (run.folder / "evaluation.mp4").exists() and not row["video"]:
@@ -422,15 +450,21 @@ def page_data(groups: dict, problems: list[str], paper: dict, out: Path) -> dict
                 except (OSError, subprocess.CalledProcessError, ImportError) as error:
                     problems.append(f"{run.folder / 'evaluation.mp4'}: {error}")
                     continue
-                used += len(video)
-                if used > VIDEO_BYTES:
+                if used + len(video) > VIDEO_BYTES:
                     problems.append(f"{run.folder / 'evaluation.mp4'}: left out, the page would exceed 20 MB")
+                    break
                 else:
+                    used += len(video)
                     row["video"] = "data:video/mp4;base64," + base64.b64encode(video).decode()
                     row["video_of"] = f"seed {run.row['seed']}"
         rows.append(row)
-    rows_counted = [f"{cell[0]} {cell[1]}" for cell in shared]
-    return {"rows": rows, "methods": methods, "shared": rows_counted, "problems": problems, "min_seeds": MIN_SEEDS}
+    return {
+        "rows": rows,
+        "methods": methods,
+        "shared": [" ".join(row) for row in shared],
+        "problems": problems,
+        "min_seeds": MIN_SEEDS,
+    }
 
 
 def plot_curves(groups: dict, paper: dict, out: Path) -> list[Path]:
@@ -459,9 +493,8 @@ def plot_curves(groups: dict, paper: dict, out: Path) -> list[Path]:
                     steps = [step for step, _ in runs[0].curve]
                     mean = np.mean([[score for _, score in run.curve] for run in runs], 0)
                     axis.plot(steps, mean, color=color, linewidth=2, label=label)
-                reported = paper.get(
-                    (runs[0].row["task"], runs[0].row["dataset"].rsplit("-", 1)[0], runs[0].row["algo"])
-                )
+                row = runs[0].row
+                reported = paper.get((row["task"], standard_set(row), row["algo"]))
                 if reported:
                     axis.axhline(reported[0], color=color, linestyle=":", linewidth=1)
             axis.set(title=title, xlabel="gradient updates", ylim=(0, 100))
@@ -485,7 +518,7 @@ def write_report(results: Path, runs: Path, out: Path) -> None:
     writer.writerows(table_row(key, group, paper) for key, group in groups.items())
     write_atomically(out / "table.csv", table.getvalue())
     plot_curves(groups, paper, out)
-    data = json.dumps(page_data(groups, problems, paper, out)).replace("</", "<\\/")
+    data = json.dumps(page_data(groups, problems, paper, out)).replace("<", "\\u003c")
     page = (HERE / "benchmarks" / "report.html").read_text().replace("/*DATA*/null", data)
     write_atomically(out / "index.html", page)
     for problem in problems:
@@ -502,7 +535,10 @@ def main(args: Args) -> None:
     elif args.compare:
         print(compare(args.compare, gather(results, runs if runs.is_dir() else None)[0]))
     elif args.docs:
-        fill_docs(results, [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))])
+        for page, text in fill_docs(results, [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]).items():
+            if text != page.read_text():
+                write_atomically(page, text)
+                print(f"filled {page}")
     else:
         write_report(results, runs, Path(args.out))
 

@@ -21,11 +21,11 @@ def test_line_links_follow_the_code(tmp_path):
     source.write_text("A = 1\n\n\nclass Agent:\n    b: int = 2\n\n    def act(self):\n        return 1\n")
     page = tmp_path / "docs" / "x.md"
     page.write_text("".join(f"[`{name}`](../algos/x.py#L99-L100) " for name in ("A", "Agent", "Agent.b", "Agent.act")))
-    report.fill_docs(tmp_path, [page])
-    assert re.findall(r"#[L0-9-]+", page.read_text()) == ["#L1", "#L4-L8", "#L5", "#L7-L8"]
+    text = report.fill_docs(tmp_path, [page])[page]
+    assert re.findall(r"#[L0-9-]+", text) == ["#L1", "#L4-L8", "#L5", "#L7-L8"]
     source.write_text("\n\n" + source.read_text())
-    report.fill_docs(tmp_path, [page])
-    assert re.findall(r"#[L0-9-]+", page.read_text()) == ["#L3", "#L6-L10", "#L7", "#L9-L10"]
+    text = report.fill_docs(tmp_path, [page])[page]
+    assert re.findall(r"#[L0-9-]+", text) == ["#L3", "#L6-L10", "#L7", "#L9-L10"]
     page.write_text("[`Agent.gone`](../algos/x.py)")
     with pytest.raises(UserError, match=r"x\.py defines no Agent\.gone"):
         report.fill_docs(tmp_path, [page])
