@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import HERE, STANDARD_SETS, UserError, late_mean, lock_file, one_line_errors, write_atomically
+from common import FREE_FLAGS, HERE, STANDARD_SETS, UserError, late_mean, lock_file, one_line_errors, write_atomically
 
 KEY = ("algo", "task", "dataset", "source", "tag", "seed", "quick")  # one row per run
 COLUMNS = ("algo", "task", "dataset", "source", "data_hash", "data_mean", "render", "tag", "seed", "steps", "quick",
@@ -90,7 +90,7 @@ def row_of(config: dict, finished: dict, evaluations: list[Row]) -> Row:
             if not all(map(math.isfinite, values)):
                 raise ValueError(f"eval.csv: a {name} is not finite")
             row |= {f"{name}_last": round(values[-1], 2), f"{name}_late_mean": round(late_mean(values), 2)}
-    row |= {"steps": finished["steps"], "wall_s": finished["wall_s"]}
+    row |= {"steps": finished["steps"], "wall_s": float(finished["wall_s"])}
     row |= {name: finished.get(name) for name in ("env_steps", "episodes")}  # of runs that also collect
     parts = [config, *config["resumed"]]  # each process that trained a part of the run
     row |= {"command": parts[-1]["command"], "commit": " ".join(dict.fromkeys(part["commit"] for part in parts))}
@@ -265,28 +265,25 @@ def stratified_bootstrap(rows: list[list[float]], statistic, draws: int = 2000, 
     return float(low), float(high)
 
 
-def longest(groups: dict[tuple, list[Result]]) -> dict[str, dict[tuple, list[Result]]]:
-    """variant -> CELL -> its seeds; where a variant has runs of several lengths, the longest."""
-    found = defaultdict(dict)
-    for (*cell, name, _), runs in sorted(groups.items(), key=lambda item: item[0][-1]):
-        found[name][tuple(cell)] = runs
-    return found
+def mixed_flags(runs: list[Result]) -> bool:
+    """Whether the seeds of a group were trained with different flags, as far as their run folders are here."""
+    kept = [{name: value for name, value in run.config["args"].items() if name not in FREE_FLAGS | {"seed", "device"}}
+            for run in runs if run.config]  # fmt: skip
+    return any(one != kept[0] for one in kept)
 
 
 def aggregate(groups: dict[tuple, list[Result]]) -> tuple[list[tuple], list[dict]]:
-    """IQM per variant over the rows that all of them share. Returns those rows (task, set, source), and dicts.
+    """IQM per variant over the rows that all of them share. Returns those rows (task, set, source, mean), and dicts.
 
-    Counted are standard sets at any image size, full runs of MIN_SEEDS seeds or more, variants without a tag; a variant
-    with less than half as many such rows as another is left out, so that an idea under way does not shrink the rest.
-    Rows weigh by their number of seeds."""
+    Counted are standard sets at any image size, full runs of MIN_SEEDS seeds or more with the same flags (of several
+    lengths the longest), variants without a tag. A variant with less than half as many such rows as another is left
+    out, so that an idea under way does not shrink the rest. Rows weigh by their number of seeds."""
     variants = defaultdict(dict)
-    for name, cells in longest(groups).items():
-        for cell, runs in cells.items():
-            row = runs[0].row
-            if cell[4] != "True" and len(runs) >= MIN_SEEDS and not row["tag"] and standard_set(row):
-                variants[name][row["task"], standard_set(row), row["source"]] = [
-                    float(r.row["score_last"]) for r in runs
-                ]
+    for key, runs in sorted(groups.items(), key=lambda item: item[0][-1]):  # by length
+        row, enough = runs[0].row, len(runs) >= MIN_SEEDS and not mixed_flags(runs)
+        if enough and row["quick"] != "True" and not row["tag"] and standard_set(row):
+            place = row["task"], standard_set(row), row["source"], row["data_mean"]
+            variants[key[-2]][place] = [float(run.row["score_last"]) for run in runs]
     most = max(map(len, variants.values()), default=0)
     variants = {name: rows for name, rows in sorted(variants.items()) if 2 * len(rows) >= most}
     shared = [row for row in next(iter(variants.values()), ()) if all(row in rows for rows in variants.values())]
@@ -316,7 +313,8 @@ def table_row(key: tuple, runs: list[Result], paper: dict) -> dict:
     row["commits"] = " ".join(dict.fromkeys(run.row["commit"] for run in runs))
     notes = ["quick"] if row["quick"] == "True" else []
     notes += [f"{len(runs)} seed" + "s" * (len(runs) > 1)] if len(runs) < MIN_SEEDS else []
-    row["notes"] = ", ".join(notes + ["uncommitted code"] * ("-dirty" in row["commits"]))
+    notes += ["uncommitted code"] * ("-dirty" in row["commits"]) + ["mixed flags"] * mixed_flags(runs)
+    row["notes"] = ", ".join(notes)
     return {name: row[name] for name in TABLE}
 
 
@@ -386,12 +384,15 @@ def compare(names: tuple[str, ...], runs: list[Result]) -> str:
     """Two variants on the rows they share, and the interval of their difference (second minus first)."""
     if len(names) != 2:
         raise UserError("--compare A B: two variants, ALGO or ALGO:TAG")
-    variants = longest(groups_of(runs))
-    for name in names:
-        if name not in variants:
-            known = ", ".join(sorted(variants)) or "none"
+    cells = [defaultdict(dict), defaultdict(dict)]  # of each: CELL -> steps -> seeds
+    groups = groups_of(runs)
+    for i, name in enumerate(names):
+        for key, found in groups.items():
+            if key[-2] == name:
+                cells[i][key[:-2]][key[-1]] = found
+        if not cells[i]:
+            known = ", ".join(sorted({key[-2] for key in groups})) or "none"
             raise UserError(f"--compare {name}: no finished run; there are {known}")
-    cells = [variants[name] for name in names]
     shared = sorted(cells[0].keys() & cells[1].keys(), key=order)
     lines = [] if shared else ["no row in common: task, set, source, data and quick must be equal"]
     for score, what in zip(SCORES, ("last score", "mean of the late evaluations")) if shared else ():
@@ -399,8 +400,10 @@ def compare(names: tuple[str, ...], runs: list[Result]) -> str:
         lines += [f"{'':52}{names[0]:>20}{names[1]:>20}   difference"]
         gaps = []
         for cell in shared:
-            a, b = ([float(run.row[score]) for run in one[cell]] for one in cells)
-            lengths = dict.fromkeys(f"{int(one[cell][0].row['steps']):,}" for one in cells)
+            both = cells[0][cell].keys() & cells[1][cell].keys()  # the longest runs of equal length, if there are any
+            steps = [max(both or one[cell]) for one in cells]
+            a, b = ([float(run.row[score]) for run in one[cell][length]] for one, length in zip(cells, steps))
+            lengths = dict.fromkeys(f"{length:,}" for length in steps)
             title = " ".join(cell[:3]) + f" {' and '.join(lengths)} steps" + " quick" * (cell[4] == "True")
             means = [f"{statistics.fmean(values):.1f} ({len(values)})" for values in (a, b)]
             gap, low, high = difference(a, b)
@@ -447,7 +450,7 @@ def page_data(groups: dict, problems: list[str], paper: dict, out: Path) -> dict
             if run.folder and (run.folder / "evaluation.mp4").exists() and not row["video"]:
                 try:
                     video = small_video(run.folder / "evaluation.mp4", out / "videos")
-                except (OSError, subprocess.CalledProcessError, ImportError) as error:
+                except (OSError, subprocess.CalledProcessError, ImportError, RuntimeError) as error:
                     problems.append(f"{run.folder / 'evaluation.mp4'}: {error}")
                     continue
                 if used + len(video) > VIDEO_BYTES:
@@ -461,7 +464,7 @@ def page_data(groups: dict, problems: list[str], paper: dict, out: Path) -> dict
     return {
         "rows": rows,
         "methods": methods,
-        "shared": [" ".join(row) for row in shared],
+        "shared": [" ".join(row[:3]) for row in shared],
         "problems": problems,
         "min_seeds": MIN_SEEDS,
     }
@@ -488,7 +491,14 @@ def plot_curves(groups: dict, paper: dict, out: Path) -> list[Path]:
             for label, runs in variants.items():
                 color = f"C{names.index(runs[0].name) % 10}"
                 for run in runs:
-                    axis.plot(*zip(*run.curve), color=color, linewidth=0.7, alpha=0.5 if len(runs) > 1 else 1)
+                    axis.plot(
+                        *zip(*run.curve),
+                        ".-",
+                        color=color,
+                        linewidth=0.7,
+                        markersize=2,
+                        alpha=0.5 if len(runs) > 1 else 1,
+                    )
                 if len({tuple(step for step, _ in run.curve) for run in runs}) == 1:  # the same evaluations
                     steps = [step for step, _ in runs[0].curve]
                     mean = np.mean([[score for _, score in run.curve] for run in runs], 0)

@@ -13,6 +13,7 @@ writes report/ and failures are named. The status is 0 if every run that is poss
 Nothing here is known by an algorithm's name: a file's own Args, TUNED and QUICK are read, so your algos/my_idea.py is a
 row like any other."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -61,6 +62,7 @@ class Args:
     source: str = ""  # as in every algorithm
     tag: str = ""  # as in every algorithm
     quick: bool = False  # as in every algorithm
+    runs_dir: str = ""  # as in every algorithm
     jobs: int | None = None  # runs at a time; None: one per GPU, or one. Under --slurm: array tasks at a time
     gpus: str | None = None  # how many of the visible ones, jobs in turn; or ids: 0,2. None: all; 0: none
     stage_dir: str = ""  # copy the set there first; variables are looked up where the run is: '$TMPDIR'
@@ -77,6 +79,7 @@ class Row:
     make: str  # the command that makes the set; empty where it is there
     command: str  # from the repository's root
     state: str  # new; "step N" where a checkpoint is; finished; "impossible: why"
+    standard: bool  # the set is one of STANDARD_SETS, not one's own
 
     @property
     def log(self) -> Path:
@@ -88,31 +91,41 @@ class Row:
 
 def list_rows(args: Args, extra: list[str]) -> list[Row]:
     algos = args.algos or ",".join(sorted(file.stem for file in (ROOT / "algos").glob("*.py")))
+    modules = {algo: load(algo) for algo in algos.split(",")}
     seeds = range(int(args.seeds)) if args.seeds.isdigit() else [int(seed) for seed in args.seeds.split(",")]
-    product = itertools.product(args.tasks.split(","), args.datasets.split(","), algos.split(","))
-    rows = [row for task, dataset, algo in product for row in rows_of(algo, task, dataset, seeds, extra)]
-    return list({row.run: row for row in reversed(rows)}.values())[::-1]  # a set given by its path has one task
+    found = {}
+    for task, dataset, (algo, module) in itertools.product(
+        args.tasks.split(","), args.datasets.split(","), modules.items()
+    ):
+        for row in rows_of(algo, module, task, dataset, seeds, extra):
+            found.setdefault(row.run, row)  # a set that is given by its path has one task, whatever --tasks says
+    return list(found.values())
 
 
-def rows_of(algo: str, task: str, dataset: str, seeds, extra: list[str]):
-    """The rows of one algorithm, task and set."""
+def load(algo: str):
     script = ROOT / "algos" / f"{algo}.py"
     if not script.is_file():
         known = ", ".join(sorted(file.stem for file in script.parent.glob("*.py")))
         raise UserError(f"--algos {algo}: there is no algos/{algo}.py; there are {known}")
-    spec = importlib.util.spec_from_file_location(algo, script)
-    module = sys.modules[algo] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    name = f"algos_{algo}"  # dataclasses look their module up by its name
+    spec = importlib.util.spec_from_file_location(name, script)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    dataset = dataset if dataset in STANDARD_SETS else str(Path(dataset).resolve())
+    return module
+
+
+def rows_of(algo: str, module, task: str, dataset: str, seeds, extra: list[str]):
+    """The rows of one algorithm, task and set."""
+    script, standard = Path(module.__file__), dataset in STANDARD_SETS
     words = ["--task", task, "--dataset", dataset]
     args = typed_args(module.Args, module.TUNED, module.QUICK, [*words, *extra])
     make, problem, source = "", "", args.source
-    if dataset in STANDARD_SETS:
+    if standard:
         size = re.search(r"open_dataset\(args, size=(\d+)", script.read_text())
         if not size:
             raise UserError(f"algos/{algo}.py has no open_dataset(args, size=N) to read the size of its images from")
         size = int(size[1])
-        folder = set_folder(args.data_dir, source, task, dataset, size, args.transitions, args.data_seed).resolve()
+        folder = set_folder(args.data_dir, source, task, dataset, size, args.transitions, args.data_seed).absolute()
         if not (folder / "meta.json").exists():
             make, problem = how_to_make(args, size, folder)
     else:
@@ -122,11 +135,11 @@ def rows_of(algo: str, task: str, dataset: str, seeds, extra: list[str]):
         args.task, source = meta["task"], meta["source"]
     for seed in seeds:
         args.seed = seed
-        run = run_folder(args, algo, folder.name, source).resolve()
+        run = run_folder(args, algo, folder.name, source).absolute()
         state = state_of(run, args, script)
         state = f"impossible: {problem}" if problem and state != "finished" else state
         command = shlex.join(["python", f"algos/{algo}.py", *words, "--seed", str(seed), *extra])
-        yield Row(str(run), str(folder), make, command, state)
+        yield Row(str(run), str(folder), make, command, state, standard)
 
 
 def how_to_make(args, size: int, folder: Path) -> tuple[str, str]:
@@ -143,11 +156,14 @@ def how_to_make(args, size: int, folder: Path) -> tuple[str, str]:
 
 
 def state_of(run: Path, args, script: Path) -> str:
+    """What cannot be read, or was finished with other flags or another script, is "new": its command says why."""
     if (run / "finished.json").exists():
-        had = json.loads((run / "config.json").read_text())["args"]
-        asked = {name: value for name, value in vars(args).items() if value not in (None, "auto")}
-        same = all(had.get(name) == value for name, value in asked.items() if name not in FREE_FLAGS)
-        return "finished" if same and not changed_code(script, run) else "new"  # its command says what differs
+        with contextlib.suppress(OSError, ValueError, KeyError, SyntaxError):
+            had = json.loads((run / "config.json").read_text())["args"]
+            asked = {name: value for name, value in vars(args).items() if value not in (None, "auto")}
+            same = all(had.get(name) == value for name, value in asked.items() if name not in FREE_FLAGS)
+            return "finished" if same and not changed_code(script, run) else "new"
+        return "new"
     steps = [int(path.name[11:]) for path in run.glob("checkpoint-*") if path.name[11:].isdigit()]
     return f"step {max(steps)}" if steps else "new"
 
@@ -156,24 +172,25 @@ def state_of(run: Path, args, script: Path) -> str:
 
 
 class Stop:
-    """Set by a signal: no new run begins, those that run are asked for a checkpoint."""
+    """A signal: no new run begins, those that run are asked for a checkpoint; once more: they are killed."""
 
     def __init__(self):
-        self.number, self.children, self.lock = 0, set(), threading.Lock()
+        self.number, self.children = 0, set()
 
     def __call__(self, number: int, _) -> None:
-        self.number = number
+        text = "killing what runs" if self.number else "stopping every run with a checkpoint (once more: at once)"
+        os.write(2, f"\n{text}\n".encode())  # print may be mid-line
         for child in list(self.children):
-            child.terminate()
+            child.kill() if self.number else child.terminate()
+        self.number = number
 
     def run(self, words: list[str], **kwargs) -> int:
-        """The status of a command; 128 + the signal's number where it was stopped."""
-        with self.lock:
-            if self.number:
-                return 128 + self.number
-            # a session of its own: Ctrl-C reaches this program alone, which then asks each run once
-            child = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True, **kwargs)
-            self.children.add(child)
+        """The status of a command; 128 + the signal's number where one ended it."""
+        if self.number:
+            return 128 + self.number
+        # a session of its own: Ctrl-C reaches this program alone, which then asks each run once
+        child = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, start_new_session=True, **kwargs)
+        self.children.add(child)
         if self.number:  # it came meanwhile
             child.terminate()
         status = child.wait()
@@ -187,7 +204,7 @@ def run_row(row: Row, stage_dir: str, stop: Stop, gpu: str | None = None) -> int
     words = [sys.executable, *shlex.split(row.command)[1:]]
     environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
     with open(row.log, "ab") as log:
-        if stage_dir:
+        if stage_dir and row.standard:  # a set of one's own is read where it is
             try:
                 words += ["--data-dir", str(stage(Path(row.data), Path(os.path.expandvars(stage_dir)).resolve()))]
             except (UserError, OSError) as error:
@@ -200,7 +217,7 @@ def stage(folder: Path, to: Path) -> Path:
     """Copies a standard set and its parts to `to`/<source>/<task>/, each whole or not at all. Returns `to`."""
     if "$" in str(to):
         raise UserError("it names a variable that is not set here")
-    parts = [(folder / part).resolve() for part in read_meta(folder).get("parts", [])]
+    parts = [Path(os.path.normpath(folder / part)) for part in read_meta(folder).get("parts", [])]
     for path in [*parts, folder]:
         target = to / path.parent.parent.name / path.parent.name / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -227,6 +244,9 @@ def array_task(args: Args) -> int:
     stop, row = Stop(), Row(**json.loads(args.row))
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, stop)
+    if row.make and not (Path(row.data) / "meta.json").exists():
+        print(f"failed {row.run}: {row.data} is missing; the log of the job that makes the sets says why", flush=True)
+        return 1
     status = run_row(row, args.stage_dir, stop)
     if stop.number and status:
         print(f"stopped {row.run}", flush=True)
@@ -241,6 +261,24 @@ def array_task(args: Args) -> int:
 # ==== All rows ====
 
 
+SETS = """again='' status=0
+trap 'again=yes; kill -TERM "$child"' USR1   # two minutes are left
+while read -r make; do
+  eval "exec $make" & child=$!
+  wait "$child" || status=1
+  if [[ -n $again ]]; then wait "$child"; scontrol requeue "$SLURM_JOB_ID"; exit 1; fi
+done <<"SETS"
+{sets}
+SETS
+exit $status
+"""
+
+
+def here(command: str) -> str:
+    """A command of the list, run by this Python."""
+    return shlex.join([sys.executable, *shlex.split(command)[1:]])
+
+
 def submit(rows: list[Row], args: Args) -> None:
     logs = ROOT / "runs" / "slurm"
     logs.mkdir(parents=True, exist_ok=True)
@@ -248,9 +286,8 @@ def submit(rows: list[Row], args: Args) -> None:
     after = []
     if sets := list(dict.fromkeys(row.make for row in rows if row.make)):
         flags = ["--job-name=cleanpixels-sets", f"--output={logs}/sets-%j.log", "--requeue", "--open-mode=append"]
-        body = "status=0\n" + "".join(f"{make} || status=1\n" for make in sets) + "exit $status\n"
-        job = sbatch(head + body, flags, args)
-        after = [f"--dependency=afterany:{job}"]  # a set that failed fails its own rows, with the reason in their logs
+        job = sbatch(head + SETS.format(sets="\n".join(map(here, sets))), [*flags, "--signal=B:USR1@120"], args)
+        after = [f"--dependency=afterany:{job}"]  # a task whose set is missing then fails at once
         print(f"job {job} makes {len(sets)} sets")
     tasks = "\n".join(
         json.dumps(dataclasses.asdict(row)) for row in rows
@@ -301,18 +338,21 @@ def make_sets(rows: list[Row], stop: Stop) -> dict[str, str]:
             status = stop.run([sys.executable, *shlex.split(make)[1:]], stderr=errors)
             errors.seek(0)
             lines = [line for line in errors.read().replace("\r", "\n").splitlines() if line.strip()]
+        if stop.number:
+            break
         if status:
             failed[make] = lines[-1] if lines else f"status {status}"
     return failed
 
 
-def run_here(rows: list[Row], args: Args, extra: list[str]) -> int:
+def run_here(rows: list[Row], args: Args) -> int:
     before = sum(row.state == "finished" for row in rows)
     skipped = [f"{row.command}: {row.state[12:]}" for row in rows if row.state.startswith("impossible")]
     todo = [row for row in rows if row.state != "finished" and not row.state.startswith("impossible")]
     stop, gpus = Stop(), visible_gpus(args.gpus)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, stop)
     unmade = make_sets(todo, stop)
     skipped += [f"{row.command}: {unmade[row.make]}" for row in todo if row.make in unmade]
     todo = [row for row in todo if row.make not in unmade]
@@ -332,8 +372,12 @@ def run_here(rows: list[Row], args: Args, extra: list[str]) -> int:
                 row = waiting.get_nowait()
             except queue.Empty:
                 return
-            status = run_row(row, args.stage_dir, stop, gpu)
-            results[row.run] = "stopped" if status in (130, 143) else "failed" if status else "finished"
+            try:
+                status = run_row(row, args.stage_dir, stop, gpu)
+            except OSError as error:  # its log cannot be written
+                print(f"{row.log}: {error}", flush=True)
+                status = 1
+            results[row.run] = "finished" if not status else "stopped" if stop.number else "failed"
             print(f"{time.strftime('%H:%M:%S')} {results[row.run]} {row.run}", flush=True)
 
     threads = [threading.Thread(target=worker, args=(k,)) for k in range(min(jobs, len(todo)))]
@@ -342,9 +386,10 @@ def run_here(rows: list[Row], args: Args, extra: list[str]) -> int:
     for thread in threads:
         thread.join()
     counts = Counter(results.values())
-    if counts["finished"] and not stop.number:
-        runs_dir = typed_runs_dir(extra)
-        subprocess.run([sys.executable, "report.py", *(["--runs-dir", runs_dir] if runs_dir else [])], cwd=ROOT)
+    reported = 0
+    if (counts["finished"] or before) and not stop.number:
+        runs_dir = ["--runs-dir", args.runs_dir] if args.runs_dir else []
+        reported = subprocess.run([sys.executable, "report.py", *runs_dir], cwd=ROOT).returncode
     for reason in skipped:
         print(f"skipped {reason}")
     for row in todo:
@@ -355,26 +400,25 @@ def run_here(rows: list[Row], args: Args, extra: list[str]) -> int:
           f"begun, {counts['failed']} failed")  # fmt: skip
     if stop.number:
         return 128 + stop.number
-    return int(counts["finished"] < len(todo) or bool(unmade))
-
-
-def typed_runs_dir(extra: list[str]) -> str | None:
-    """Where --runs-dir in the words after -- points."""
-    text = "\0".join(extra)
-    found = re.search(r"(?:^|\0)--runs[-_]dir[=\0]([^\0]+)", text)
-    return found[1] if found else None
+    return int(counts["finished"] < len(todo) or bool(unmade) or reported != 0)
 
 
 def main(args: Args, extra: list[str]) -> int:
     if args.row:
         return array_task(args)
-    if args.seeds == "0" or not re.fullmatch(r"\d+(,\d+)*", args.seeds) or args.jobs == 0:
+    listed = ("--algos", "--task", "--dataset", "--seed", "--source", "--tag", "--quick", "--runs-dir", "--overwrite",
+              "--evaluate")  # fmt: skip
+    if wrong := [word for word in extra if word.split("=")[0].replace("_", "-") in listed]:
+        raise UserError(f"{wrong[0]} behind --: each run has its own, or it is a flag of benchmark.sh; see --help")
+    if args.seeds == "0" or not re.fullmatch(r"\d+(,\d+)*", args.seeds) or (args.jobs is not None and args.jobs < 1):
         raise UserError(
             f"--seeds {args.seeds} --jobs {args.jobs}: at least 1; seeds are a number, or several with commas"
         )
-    flags = {"--source": args.source, "--tag": args.tag}
-    common = [word for flag, value in flags.items() if value for word in (flag, value)] + ["--quick"] * args.quick
-    rows = list_rows(args, [*common, *extra])
+    args.datasets = ",".join(d if d in STANDARD_SETS else str(Path(d).absolute()) for d in args.datasets.split(","))
+    os.chdir(ROOT)  # where the runs begin: other relative paths mean the same here and there
+    flags = {"--source": args.source, "--tag": args.tag, "--runs-dir": args.runs_dir}
+    words = [word for flag, value in flags.items() if value for word in (flag, value)] + ["--quick"] * args.quick
+    rows = list_rows(args, [*words, *extra])
     if args.dry_run:
         for make in dict.fromkeys(row.make for row in rows if row.make and row.state != "finished"):
             print(make)
@@ -382,7 +426,7 @@ def main(args: Args, extra: list[str]) -> int:
             print("# " * row.state.startswith("impossible") + row.command + f"  # {row.state}" * (row.state != "new"))
         return 0
     if not args.slurm:
-        return run_here(rows, args, extra)
+        return run_here(rows, args)
     todo = [row for row in rows if row.state != "finished" and not row.state.startswith("impossible")]
     impossible = [row for row in rows if row.state.startswith("impossible")]
     for row in impossible:

@@ -98,6 +98,8 @@ def test_filters(repo, words, expected):
         (["--seeds", "0"], "--seeds 0 --jobs None: at least 1"),
         (["--seeds", "3-5"], "--seeds 3-5"),
         (["--jobs", "0"], "--jobs 0"),
+        (["--", "--overwrite"], "--overwrite behind --"),
+        (["--", "--seed=3"], "--seed=3 behind --"),
         (["--gpus", "99"], "--gpus 99: "),
         (["--datasets", "/nowhere"], "/nowhere does not exist"),
     ],
@@ -106,6 +108,16 @@ def test_mistakes_are_one_line(repo, words, message):
     result = benchmark(repo, "--algos", "bc", *words) if words[0] != "--algos" else benchmark(repo, *words)
     assert result.returncode == 1
     assert message in result.stdout and result.stdout.startswith("error: ") and result.stdout.count("\n") == 1
+
+
+def test_from_another_folder(repo, tiny_set, tmp_path):
+    """A relative set is the caller's; other relative paths are the repository's, there as in the runs."""
+    words = ["--algos", "bc", "--datasets", tiny_set.name, "--seeds", "1", "--runs-dir", "my runs", "--dry-run"]
+    done = subprocess.run(
+        [repo / "benchmark.sh", *words], cwd=tiny_set.parent, env=CLEAN, capture_output=True, text=True
+    )
+    command = f"python algos/bc.py --task walker-walk --dataset {tiny_set} --seed 0 --runs-dir 'my runs'\n"
+    assert done.stdout == command, done.stderr
 
 
 def test_an_unknown_flag_is_named(repo):
@@ -121,7 +133,8 @@ def test_a_set_of_ones_own_is_one_row_whatever_the_tasks(repo, tmp_path):
 
 def test_a_finished_run_with_other_flags_is_not_skipped(repo, tiny_set, tmp_path):
     flags = ["--algos", "bc", "--tasks", "walker-walk", "--datasets", tiny_set, "--seeds", 1]
-    extra = [*SHORT, "--runs-dir", tmp_path]
+    flags += ["--runs-dir", tmp_path]
+    extra = SHORT
     assert benchmark(repo, *flags, "--", *extra).returncode == 0
     finished = benchmark(repo, *flags, "--dry-run", "--", *extra).stdout
     assert finished.endswith("  # finished\n")
@@ -144,8 +157,8 @@ def test_a_finished_run_with_other_flags_is_not_skipped(repo, tiny_set, tmp_path
 
 def test_sets_are_made_runs_share_gpus_failures_are_named_and_the_rest_goes_on(repo, tmp_path):
     words = ["--algos", "bc,bad", "--tasks", "walker-walk,humanoid-walk", "--datasets", "medium", "--seeds", 2]
-    words += ["--jobs", 2, "--gpus", "3,5", "--", *SHORT, "--transitions", 500]
-    words += ["--data-dir", tmp_path / "data", "--runs-dir", tmp_path / "runs"]
+    words += ["--jobs", 2, "--gpus", "3,5", "--runs-dir", tmp_path / "runs"]
+    words += ["--", *SHORT, "--transitions", 500, "--data-dir", tmp_path / "data"]
     shutil.rmtree(repo / "data" / "policies" / "humanoid-walk", ignore_errors=True)  # so that its set cannot be made
     result = benchmark(repo, *words)
     assert result.returncode == 1, result.stdout
@@ -167,15 +180,15 @@ def test_sets_are_made_runs_share_gpus_failures_are_named_and_the_rest_goes_on(r
 
 
 def test_jobs_take_turns_on_the_gpus(repo, tiny_set, tmp_path):
-    words = ["--algos", "bad", "--datasets", tiny_set, "--seeds", 3, "--jobs", 3, "--gpus", 2, "--"]
-    benchmark(repo, *words, *SHORT, "--runs-dir", tmp_path, CUDA_VISIBLE_DEVICES="4,7,8")
+    words = ["--algos", "bad", "--datasets", tiny_set, "--seeds", 3, "--jobs", 3, "--gpus", 2]
+    benchmark(repo, *words, "--runs-dir", tmp_path, "--", *SHORT, CUDA_VISIBLE_DEVICES="4,7,8")
     gpus = [re.search("Error: no good on (.)", log.read_text())[1] for log in tmp_path.glob("bad/*/*/*.log")]
     assert sorted(gpus) == ["4", "4", "7"]  # two of those that are visible; the third job shares the first
 
 
 def test_a_set_whose_making_fails_skips_its_rows(repo, tmp_path):
-    words = ["--algos", "bc", "--tasks", "walker-walk", "--datasets", "random", "--seeds", 2, "--"]
-    result = benchmark(repo, *words, "--transitions", 100, "--data-dir", tmp_path, "--runs-dir", tmp_path)
+    words = ["--algos", "bc", "--tasks", "walker-walk", "--datasets", "random", "--seeds", 2]
+    result = benchmark(repo, *words, "--runs-dir", tmp_path, "--", "--transitions", 100, "--data-dir", tmp_path)
     assert result.returncode == 1  # unlike a set for which there is no policy
     assert result.stdout.count("error: --transitions 100: at least one episode") == 2
     assert "0 finished, 0 finished before, 2 skipped" in result.stdout
@@ -183,7 +196,7 @@ def test_a_set_whose_making_fails_skips_its_rows(repo, tmp_path):
 
 def test_the_report_of_the_runs_is_written_at_the_end(repo, tiny_set, tmp_path):
     shutil.rmtree(repo / "report", ignore_errors=True)
-    words = ["--algos", "bc", "--datasets", tiny_set, "--seeds", 1, "--", *SHORT, f"--runs-dir={tmp_path / 'my runs'}"]
+    words = ["--algos", "bc", "--datasets", tiny_set, "--seeds", 1, "--runs-dir", tmp_path / "my runs", "--", *SHORT]
     evaluated = [word if word != 0 else 4 for word in words] + ["--eval-episodes", 1]  # --eval-every 4
     result = benchmark(repo, *evaluated)
     assert result.returncode == 0, result.stdout
@@ -196,11 +209,24 @@ def test_the_report_of_the_runs_is_written_at_the_end(repo, tiny_set, tmp_path):
 def test_stopping_stops_all_runs_with_a_checkpoint_and_the_next_call_continues(repo, tmp_path, number):
     own, runs = write_set(tmp_path / "own", (60, 40), 21), tmp_path / "runs"
     flags = ["--algos", "bc", "--datasets", own, "--tasks", "own", "--seeds", "3", "--jobs", "2"]
-    flags += ["--", "--steps", "800", "--batch-size", "4", "--eval-every", "0", "--log-every", "1"]
-    flags += ["--feature-dim", "8", "--hidden-dim", "8", "--runs-dir", str(runs), "--device", "cpu"]
+    flags += [
+        "--runs-dir",
+        str(runs),
+        "--",
+        "--steps",
+        "1500",
+        "--batch-size",
+        "4",
+        "--eval-every",
+        "0",
+        "--log-every",
+        "1",
+    ]
+    flags += ["--feature-dim", "8", "--hidden-dim", "8", "--device", "cpu"]
     folder = runs / "bc" / "own" / "own"
     with subprocess.Popen(["./benchmark.sh", *map(str, flags)], cwd=repo, text=True, start_new_session=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=CLEAN) as process:  # fmt: skip
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=CLEAN,
+                          preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)) as process:  # fmt: skip
         deadline = time.monotonic() + 60
         while not all(rows(folder / f"seed{seed}") > 20 for seed in (0, 1)):
             assert process.poll() is None and time.monotonic() < deadline
@@ -220,8 +246,40 @@ def test_stopping_stops_all_runs_with_a_checkpoint_and_the_next_call_continues(r
     assert result.returncode == 0, result.stdout
     assert "3 finished" in result.stdout
     for seed in (0, 1, 2):
-        assert rows(folder / f"seed{seed}") == 800
+        assert rows(folder / f"seed{seed}") == 1500
         assert ("continuing" in (folder / f"seed{seed}.log").read_text()) == (seed < 2)
+
+
+def test_stopping_while_a_set_is_made_begins_no_run(repo, tmp_path):
+    words = ["--algos", "bc", "--tasks", "walker-walk", "--datasets", "random,medium", "--seeds", "1"]
+    words += ["--runs-dir", tmp_path / "runs", "--", "--data-dir", tmp_path / "data"]  # two full sets
+    with subprocess.Popen(["./benchmark.sh", *map(str, words)], cwd=repo, text=True, start_new_session=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=CLEAN,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:  # fmt: skip
+        folder, deadline = tmp_path / "data" / "made" / "walker-walk" / "random-84px", time.monotonic() + 60
+        while not (folder / "image.npy").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert output.count("making a set") == 1
+    assert "0 skipped, 2 stopped or not begun, 0 failed" in output.splitlines()[-1]
+    assert not (tmp_path / "runs").exists()
+    common.lock_file(folder / ".lock").close()  # the collector has ended
+
+
+def test_what_nohup_ignores_does_not_stop_it(repo, tiny_set, tmp_path):
+    words = ["--algos", "bc", "--datasets", tiny_set, "--seeds", "1", "--runs-dir", tmp_path, "--", *SHORT]
+    with subprocess.Popen(["./benchmark.sh", *map(str, words)], cwd=repo, text=True, start_new_session=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=CLEAN,
+                          preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as process:  # fmt: skip
+        for line in process.stdout:
+            if "1 runs, 1 at a time" in line:
+                break
+        os.killpg(process.pid, signal.SIGHUP)
+        output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "1 finished" in output
 
 
 def rows(run: Path) -> int:
@@ -260,23 +318,22 @@ def test_sets_are_staged_whole_with_their_parts(tmp_path):
 
 
 def test_runs_read_the_staged_set(repo, tiny_set, tmp_path):
-    words = [
-        "--algos",
-        "bc",
-        "--tasks",
-        "walker-walk",
-        "--datasets",
-        "random",
-        "--seeds",
-        1,
-        "--stage-dir",
-        "$NODE/a b",
-    ]
-    words += ["--", *SHORT, "--transitions", 1000, "--data-dir", tiny_set.parents[2], "--runs-dir", tmp_path / "runs"]
-    result = benchmark(repo, *words, NODE=str(tmp_path / "node"))
+    words = ["--algos", "bc", "--tasks", "walker-walk", "--datasets", "random", "--seeds", 1]
+    words += ["--stage-dir", "$NODE/a b", "--runs-dir", tmp_path / "runs"]
+    extra = [*SHORT, "--transitions", 1000, "--data-dir", tiny_set.parents[2]]
+    result = benchmark(repo, *words, "--", *extra, NODE=str(tmp_path / "node"))
     assert result.returncode == 0, result.stdout
-    config = tmp_path / "runs" / "bc" / "walker-walk" / tiny_set.name / "seed0" / "config.json"
-    assert json.loads(config.read_text())["args"]["data_dir"] == str(tmp_path / "node" / "a b")
+    run = tmp_path / "runs" / "bc" / "walker-walk" / tiny_set.name / "seed0"
+    assert json.loads((run / "config.json").read_text())["args"]["data_dir"] == str(tmp_path / "node" / "a b")
+    assert "making it" not in Path(f"{run}.log").read_text()  # it is the copy
+
+
+def test_a_variable_that_is_not_set_stages_nothing(repo, tiny_set, tmp_path):
+    words = ["--algos", "bc", "--tasks", "walker-walk", "--datasets", "random", "--seeds", 1]
+    words += ["--stage-dir", "$UNSET_HERE", "--runs-dir", tmp_path / "runs"]
+    result = benchmark(repo, *words, "--", *SHORT, "--transitions", 1000, "--data-dir", tiny_set.parents[2])
+    assert result.returncode == 1
+    assert "error: --stage-dir $UNSET_HERE: it names a variable that is not set here" in result.stdout
 
 
 # ---- Slurm ----
@@ -334,14 +391,13 @@ def test_slurm_array(repo, slurm, tmp_path):
         "--stage-dir",
         f"{tmp_path}/$SLURM_JOB_PARTITION",
     ]
-    words += ["--", "--steps", 1000, "--batch-size", 2, "--eval-every", 0, "--log-every", 1, "--device", "cpu"]
+    words += ["--", "--steps", 1500, "--batch-size", 2, "--eval-every", 0, "--log-every", 1, "--device", "cpu"]
     words += ["--feature-dim", 8, "--hidden-dim", 8]
-    words += ["--transitions", 500, "--data-dir", data, "--runs-dir", runs]
+    words += ["--transitions", 500, "--data-dir", data]
     environment = {"SLURM_CONF": os.environ["SLURM_CONF"]}
     result = benchmark(repo, *words, **environment)
     assert result.returncode == 0, result.stdout
     assert re.search(r"^job \d+ makes 1 sets\narray \d+: 8 runs", result.stdout, re.M), result.stdout
-    assert not data.exists()  # nothing was made here
     states = queue()
     array = re.search(r"array (\d+):", result.stdout)[1]
     assert [state for task, (_, state) in states.items() if task.startswith(f"{array}_")] == ["PENDING"] * 8
@@ -357,11 +413,11 @@ def test_slurm_array(repo, slurm, tmp_path):
         subprocess.run(["scontrol", "update", f"JobId={array}_{task}", "StartTime=now"], check=True)
     for seed in (0, 1):
         assert "with a checkpoint; the same command continues" in (folder / f"seed{seed}.log").read_text()
-        assert rows(folder / f"seed{seed}") < 1000
+        assert rows(folder / f"seed{seed}") < 1500
     wait_until(lambda: not queue(), 240)
     for seed in range(4):
         assert (folder / f"seed{seed}" / "finished.json").exists()
-        assert rows(folder / f"seed{seed}") == 1000
+        assert rows(folder / f"seed{seed}") == 1500
         assert ("continuing" in (folder / f"seed{seed}.log").read_text()) == (seed < 2)
         config = json.loads((folder / f"seed{seed}" / "config.json").read_text())
         assert config["args"]["data_dir"] == f"{tmp_path}/test"  # staged, the name looked up in the job

@@ -35,7 +35,7 @@ def test_line_links_follow_the_code(tmp_path):
 def test_walk_throughs_link_and_paste_no_code(page):
     text = page.read_text()
     assert re.search(r"\[`[\w.]+`\]\(\.\./algos/\w+\.py#L\d+", text)
-    assert not re.search(r"^\s*(def|class|import|self\.|return) ", text, re.M)
+    assert not re.search(r"^\s*(def |class |import |self\.|return )", text, re.M)
 
 
 @pytest.mark.slow

@@ -165,7 +165,7 @@ def test_aggregates_count_shared_rows_of_enough_seeds_alone(folders):
         write_seeds(folders, [99, 99, 99], algo=algo, dataset="mixed-84px", quick=True)
     write_seeds(folders, [90, 90, 90], algo="bc", dataset="medexp-84px")  # drq_bc has no such row
     shared, methods = aggregate_of(folders)
-    assert shared == [("walker-walk", "medium", "made"), ("cheetah-run", "medium", "made")]
+    assert [row[:3] for row in shared] == [("walker-walk", "medium", "made"), ("cheetah-run", "medium", "made")]
     assert [(method["name"], method["iqm"], method["runs"]) for method in methods] == [("bc", 20, 6), ("drq_bc", 50, 6)]
     assert methods[0]["low"] < 20 < methods[0]["high"]
 
@@ -186,10 +186,30 @@ def test_no_aggregate_without_enough_seeds(folders):
     assert aggregate_of(folders) == ([], [])
 
 
-def test_a_variant_counts_with_its_longest_runs(folders):
+def test_a_variant_counts_with_its_longest_runs_of_enough_seeds(folders):
     write_seeds(folders, [10, 10, 10])
     write_seeds(folders, [50, 50, 50], extra=(1.0, 2.0))
+    write_seeds(folders, [90], extra=(1.0, 2.0, 3.0, 4.0))
     assert aggregate_of(folders)[1][0]["iqm"] == 50
+
+
+def test_seeds_with_other_flags_are_marked_and_not_aggregated(folders):
+    write_seeds(folders, [10, 20, 30])
+    assert "mixed flags" not in table(folders)[0]["notes"]
+    config = next((folders / "runs").glob("*seed2")) / "config.json"
+    config.write_text(config.read_text().replace('"precision": "bf16"', '"precision": "bf16", "lr": 0.1'))
+    assert "mixed flags" in table(folders)[0]["notes"]
+    assert aggregate_of(folders) == ([], [])
+
+
+def test_compare_takes_equal_lengths_where_there_are_some(folders, capsys):
+    write_seeds(folders, [10, 10, 10])
+    write_seeds(folders, [90, 90, 90], extra=(1.0, 2.0))
+    write_seeds(folders, [20, 20, 20], algo="my_idea")
+    flags = {"results_dir": str(folders / "results"), "runs_dir": str(folders / "runs")}
+    report.main(report.Args(compare=("drq_bc", "my_idea"), **flags))
+    row = " ".join(capsys.readouterr().out.splitlines()[2].split())
+    assert row == "walker-walk medium-84px made 300 steps 10.0 (3) 20.0 (3) +10.0 [+10.0, +10.0]"
 
 
 # ---- --compare and --docs ----
@@ -314,7 +334,7 @@ def test_the_page_in_a_browser(folders, browser):
     browser.execute_script("""
         const chart = document.querySelector('#cards svg'), box = chart.getBoundingClientRect();
         chart.dispatchEvent(new PointerEvent('pointermove', {clientX: box.right - 10, clientY: box.top + 5}))""")
-    assert texts(browser, ".reading")[0] == "drq_bc at 300: seed 0 40.0, seed 1 45.0, seed 2 50.0"
+    assert texts(browser, ".reading")[0] == "drq_bc, 300 updates, at 300: seed 0 40.0, seed 1 45.0, seed 2 50.0"
     assert browser.execute_script("return document.querySelectorAll('.variant.on .seed').length") == 3
     played = browser.execute_async_script("""
         const done = arguments[arguments.length - 1], video = document.querySelector('video');
