@@ -385,15 +385,10 @@ def test_slurm_array(repo, slurm, tmp_path):
         "--jobs",
         2,
     ]
-    words += [
-        "--slurm-args",
-        "--partition=test --time=10 --export=ALL",
-        "--stage-dir",
-        f"{tmp_path}/$SLURM_JOB_PARTITION",
-    ]
-    words += ["--", "--steps", 1500, "--batch-size", 2, "--eval-every", 0, "--log-every", 1, "--device", "cpu"]
-    words += ["--feature-dim", 8, "--hidden-dim", 8]
-    words += ["--transitions", 500, "--data-dir", data]
+    words += ["--slurm-args", "--partition=test --time=10 --export=ALL", "--runs-dir", runs]
+    words += ["--stage-dir", f"{tmp_path}/$SLURM_JOB_PARTITION", "--"]
+    words += ["--steps", 1500, "--batch-size", 2, "--eval-every", 0, "--log-every", 1, "--device", "cpu"]
+    words += ["--feature-dim", 8, "--hidden-dim", 8, "--transitions", 500, "--data-dir", data]
     environment = {"SLURM_CONF": os.environ["SLURM_CONF"]}
     result = benchmark(repo, *words, **environment)
     assert result.returncode == 0, result.stdout
