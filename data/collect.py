@@ -111,7 +111,8 @@ class SACPolicy:
 def policy_file(task: str, name: str) -> Path:
     path = POLICIES / task / f"{name}.npz"
     if not path.exists():
-        there = ", ".join(sorted(folder.name for folder in POLICIES.iterdir() if folder.is_dir())) or "none"
+        files = sorted(POLICIES.glob("*/*.npz"))
+        there = ", ".join(f"{file.parent.name} {file.stem}" for file in files) or "none"
         raise UserError(
             f"--dataset {name}: no policy is shipped for {task} (there are policies for {there}). random needs none; "
             f"train one with python data/train_sac.py --task {task}, then --export"
