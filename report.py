@@ -456,10 +456,9 @@ def page_data(groups: dict, problems: list[str], paper: dict, out: Path) -> dict
                 if used + len(video) > VIDEO_BYTES:
                     problems.append(f"{run.folder / 'evaluation.mp4'}: left out, the page would exceed 20 MB")
                     break
-                else:
-                    used += len(video)
-                    row["video"] = "data:video/mp4;base64," + base64.b64encode(video).decode()
-                    row["video_of"] = f"seed {run.row['seed']}"
+                used += len(video)
+                row["video"] = "data:video/mp4;base64," + base64.b64encode(video).decode()
+                row["video_of"] = f"seed {run.row['seed']}"
         rows.append(row)
     return {
         "rows": rows,

@@ -85,6 +85,11 @@ class Row:
     def log(self) -> Path:
         return Path(f"{self.run}.log")
 
+    @property
+    def problem(self) -> str:
+        """Why the run cannot be made; empty if it can."""
+        return self.state.removeprefix("impossible: ") if self.state.startswith("impossible: ") else ""
+
 
 # ==== The list ====
 
@@ -289,9 +294,7 @@ def submit(rows: list[Row], args: Args) -> None:
         job = sbatch(head + SETS.format(sets="\n".join(map(here, sets))), [*flags, "--signal=B:USR1@120"], args)
         after = [f"--dependency=afterany:{job}"]  # a task whose set is missing then fails at once
         print(f"job {job} makes {len(sets)} sets")
-    tasks = "\n".join(
-        json.dumps(dataclasses.asdict(row)) for row in rows
-    )  # inside the script, of which Slurm keeps a copy
+    tasks = "\n".join(json.dumps(dataclasses.asdict(row)) for row in rows)  # Slurm keeps a copy, inside the script
     program = shlex.join([sys.executable, str(Path(__file__).resolve()), f"--stage-dir={args.stage_dir}", "--row"])
     body = f'row=$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" <<"ROWS"\n{tasks}\nROWS\n)\nexec {program} "$row"\n'
     flags = [f"--array=1-{len(rows)}" + (f"%{args.jobs}" if args.jobs else ""), "--job-name=cleanpixels", *after]
@@ -323,7 +326,7 @@ def visible_gpus(wanted: str | None) -> list[str]:
             listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
         except OSError:
             listed = ""
-        found = [str(i) for i, line in enumerate(re.findall(r"^GPU \d+", listed, re.M))]
+        found = re.findall(r"^GPU (\d+)", listed, re.M)
     if wanted and int(wanted) > len(found):
         raise UserError(f"--gpus {wanted}: {len(found)} are visible here")
     return found[: int(wanted)] if wanted else found
@@ -345,16 +348,14 @@ def make_sets(rows: list[Row], stop: Stop) -> dict[str, str]:
     return failed
 
 
-def run_here(rows: list[Row], args: Args) -> int:
-    before = sum(row.state == "finished" for row in rows)
-    skipped = [f"{row.command}: {row.state[12:]}" for row in rows if row.state.startswith("impossible")]
-    todo = [row for row in rows if row.state != "finished" and not row.state.startswith("impossible")]
+def run_here(todo: list[Row], before: int, skipped: list[str], args: Args) -> int:
+    """Runs what is to be done; `before` runs were finished, `skipped` says what cannot be made and why."""
     stop, gpus = Stop(), visible_gpus(args.gpus)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, stop)
     unmade = make_sets(todo, stop)
-    skipped += [f"{row.command}: {unmade[row.make]}" for row in todo if row.make in unmade]
+    skipped = skipped + [f"{row.command}: {unmade[row.make]}" for row in todo if row.make in unmade]
     todo = [row for row in todo if row.make not in unmade]
     jobs = args.jobs or max(1, len(gpus))
     if jobs > 1:
@@ -423,15 +424,16 @@ def main(args: Args, extra: list[str]) -> int:
         for make in dict.fromkeys(row.make for row in rows if row.make and row.state != "finished"):
             print(make)
         for row in rows:
-            print("# " * row.state.startswith("impossible") + row.command + f"  # {row.state}" * (row.state != "new"))
+            print("# " * bool(row.problem) + row.command + f"  # {row.state}" * (row.state != "new"))
         return 0
+    before = sum(row.state == "finished" for row in rows)
+    skipped = [f"{row.command}: {row.problem}" for row in rows if row.problem]
+    todo = [row for row in rows if row.state != "finished" and not row.problem]
     if not args.slurm:
-        return run_here(rows, args)
-    todo = [row for row in rows if row.state != "finished" and not row.state.startswith("impossible")]
-    impossible = [row for row in rows if row.state.startswith("impossible")]
-    for row in impossible:
-        print(f"skipped {row.command}: {row.state[12:]}")
-    print(f"{len(rows) - len(todo) - len(impossible)} finished before, {len(impossible)} skipped")
+        return run_here(todo, before, skipped, args)
+    for reason in skipped:
+        print(f"skipped {reason}")
+    print(f"{before} finished before, {len(skipped)} skipped")
     if todo:
         submit(todo, args)
     return 0

@@ -1,5 +1,6 @@
 """benchmark.sh: the list, runs side by side, failures, Ctrl-C, staging, and a real Slurm."""
 
+import contextlib
 import csv
 import json
 import os
@@ -347,6 +348,8 @@ def slurm(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
     yield folder
     subprocess.run(["scancel", "--user=root"], check=False)
+    with contextlib.suppress(AssertionError, subprocess.CalledProcessError):
+        wait_until(lambda: not queue(), 30)  # else their steps would outlive the daemons
     subprocess.run([ROOT / "tests" / "slurm.sh", "stop", folder], check=False)
 
 
