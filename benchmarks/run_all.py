@@ -13,6 +13,7 @@ writes report/ and failures are named. The status is 0 if every run that is poss
 Nothing here is known by an algorithm's name: a file's own Args, TUNED and QUICK are read, so your algos/my_idea.py is a
 row like any other."""
 
+import collections
 import contextlib
 import dataclasses
 import importlib.util
@@ -26,10 +27,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -332,15 +331,28 @@ def visible_gpus(wanted: str | None) -> list[str]:
     return found[: int(wanted)] if wanted else found
 
 
+def show(stream: int, lines: collections.deque) -> None:
+    """Copies what arrives to stderr at once, progress bars too, and appends its lines that are not empty."""
+    text = b""
+    while chunk := os.read(stream, 65536):
+        os.write(2, chunk)
+        *ended, text = (text + chunk).replace(b"\r", b"\n").split(b"\n")
+        lines.extend(line.decode(errors="replace") for line in [*ended, text] if line.strip())
+    os.close(stream)
+
+
 def make_sets(rows: list[Row], stop: Stop) -> dict[str, str]:
     """Makes what is missing, one set after another (each uses all cores). Returns command -> why it failed."""
     failed = {}
     for make in dict.fromkeys(row.make for row in rows if row.make):
         print(f"making a set: {make}", flush=True)
-        with tempfile.TemporaryFile("w+") as errors:
-            status = stop.run([sys.executable, *shlex.split(make)[1:]], stderr=errors)
-            errors.seek(0)
-            lines = [line for line in errors.read().replace("\r", "\n").splitlines() if line.strip()]
+        read, write = os.pipe()  # its progress is shown and its last line kept, the reason if it fails
+        lines = collections.deque(maxlen=1)
+        reader = threading.Thread(target=show, args=(read, lines))
+        reader.start()
+        status = stop.run([sys.executable, *shlex.split(make)[1:]], stderr=write)
+        os.close(write)
+        reader.join()
         if stop.number:
             break
         if status:
@@ -386,7 +398,7 @@ def run_here(todo: list[Row], before: int, skipped: list[str], args: Args) -> in
         thread.start()
     for thread in threads:
         thread.join()
-    counts = Counter(results.values())
+    counts = collections.Counter(results.values())
     reported = 0
     if (counts["finished"] or before) and not stop.number:
         runs_dir = ["--runs-dir", args.runs_dir] if args.runs_dir else []

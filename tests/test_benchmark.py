@@ -191,7 +191,7 @@ def test_a_set_whose_making_fails_skips_its_rows(repo, tmp_path):
     words = ["--algos", "bc", "--tasks", "walker-walk", "--datasets", "random", "--seeds", 2]
     result = benchmark(repo, *words, "--runs-dir", tmp_path, "--", "--transitions", 100, "--data-dir", tmp_path)
     assert result.returncode == 1  # unlike a set for which there is no policy
-    assert result.stdout.count("error: --transitions 100: at least one episode") == 2
+    assert result.stdout.count("error: --transitions 100: at least one episode") == 3  # when it fails, and per row
     assert "0 finished, 0 finished before, 2 skipped" in result.stdout
 
 
