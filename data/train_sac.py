@@ -44,7 +44,7 @@ HIDDEN, BATCH, GAMMA = 256, 256, 0.99
 class Args:
     task: str = "walker-walk"  # dm_control domain-task
     steps: int = 60_000  # gradient updates; the first 500 turns only collect
-    envs: int = 8  # environments, one control step each per update
+    envs: int = 8  # environments, one control step each per update; another number may continue a run
     lr: float = 1e-3  # Adam, of actor, critics and temperature
     tau: float = 0.005  # Polyak rate of the target critics, per update
     entropy: float = -1.0  # target entropy per action dimension; lower: less noise
@@ -150,42 +150,43 @@ def train(args: Args) -> None:
     _, info = envs[0].reset(0)
     D, A, S = len(info["state"]), envs[0].action_dim, len(envs[0].get_state())
     rounds = -(-args.steps // EPISODE)  # every environment makes one episode a round
+    checkpoint, saved = out / "checkpoint.pt", {"rounds": 0, "episodes": 0}
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        if saved["seed"] != args.seed:
+            raise UserError(f"{out} holds a run of --seed {saved['seed']}; give a --runs-dir")
+    done_rounds, episodes = saved["rounds"], saved["episodes"]
+    all_episodes = episodes + max(rounds - done_rounds, 0) * args.envs
     f32, f64 = np.float32, np.float64
     replay = Store(
-        out / "replay", rounds * EPISODE * args.envs,
+        out / "replay", all_episodes * EPISODE,
         state=((D,), f32), action=((A,), f32), reward=((1,), f32), next_state=((D,), f32), discount=((1,), f32),
     )  # fmt: skip
     record = Store(
-        out / "record", rounds * args.envs,
+        out / "record", all_episodes,
         seed=((), np.int64), action=((EPISODE, A), np.int16), ret=((), f64),
         physics=((EPISODE // STATE_EVERY, S), f64), updates=((), np.int64),
     )  # fmt: skip
     agent = SAC(D, A, args.lr, args.tau, args.entropy)
-    step, done_rounds, mean, square = 0, 0, np.zeros(D), np.ones(D)
-    checkpoint = out / "checkpoint.pt"
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        if (saved["envs"], saved.get("seed", args.seed)) != (args.envs, args.seed):
-            raise UserError(f"{out} holds a run with --envs {saved['envs']} or another --seed; give a --runs-dir")
+    step, mean, square = 0, np.zeros(D), np.ones(D)
+    if episodes:
         agent.load_state_dict(saved["agent"])
         for name, state in saved["optimizers"].items():
             agent.optimizers[name].load_state_dict(state)
             agent.optimizers[name].param_groups[0]["lr"] = args.lr  # may be lowered on the way
         torch.set_rng_state(saved["torch_rng"])
         rng.bit_generator.state = json.loads(saved["rng"])
-        step, done_rounds = saved["step"], saved["rounds"]
-        mean, square = saved["mean"].numpy(), saved["square"].numpy()
-        print(f"resumed at {step} updates, {done_rounds * args.envs} episodes", flush=True)
+        step, mean, square = saved["step"], saved["mean"].numpy(), saved["square"].numpy()
+        print(f"resumed at {step} updates, {episodes} episodes", flush=True)
     start_time, start_step = time.time(), step
     while done_rounds < rounds:
-        first = done_rounds * args.envs
-        seeds = [args.seed * 1_000_003 + first + i for i in range(args.envs)]
+        seeds = [args.seed * 1_000_003 + episodes + i for i in range(args.envs)]
         states = np.stack([env.reset(seed)[1]["state"] for env, seed in zip(envs, seeds)])
         returns = np.zeros(args.envs)
         for t in range(EPISODE):
             if t % STATE_EVERY == 0:
                 for i, env in enumerate(envs):
-                    record.physics[first + i, t // STATE_EVERY] = env.get_state()
+                    record.physics[episodes + i, t // STATE_EVERY] = env.get_state()
             if done_rounds == 0:  # one round of uniform actions before learning starts
                 action = rng.uniform(-1, 1, (args.envs, A))
             else:
@@ -193,7 +194,7 @@ def train(args: Args) -> None:
                     action = agent.sample(torch.from_numpy(states) / agent.scale)[0].numpy()
             grid = np.rint(action * GRID).astype(np.int16)
             action = grid.astype(f32) / f32(GRID)
-            rows = slice(first * EPISODE + t * args.envs, first * EPISODE + (t + 1) * args.envs)
+            rows = slice(episodes * EPISODE + t * args.envs, episodes * EPISODE + (t + 1) * args.envs)
             replay.state[rows], replay.action[rows] = states, action
             for i, env in enumerate(envs):
                 _, reward, terminal, _, info = env.step(action[i])
@@ -201,7 +202,7 @@ def train(args: Args) -> None:
                 replay.reward[rows.start + i], replay.discount[rows.start + i] = (reward, 1.0 - terminal)
                 returns[i] += reward
             replay.next_state[rows] = states
-            record.action[first : first + args.envs, t] = grid
+            record.action[episodes : episodes + args.envs, t] = grid
             weight = args.envs / max(rows.stop, 1)  # running moments over all transitions so far
             mean += weight * (states.mean(0) - mean)
             square += weight * ((states**2).mean(0) - square)
@@ -213,20 +214,20 @@ def train(args: Args) -> None:
                 step += 1
                 if step % args.actor_every == 0:
                     agent.save_actor(out / "actors" / f"{step:07d}.npz", updates=step)
-        record.seed[first : first + args.envs], record.ret[first : first + args.envs] = (seeds, returns)
-        record.updates[first : first + args.envs] = step
-        done_rounds += 1
+        made = slice(episodes, episodes + args.envs)
+        record.seed[made], record.ret[made], record.updates[made] = seeds, returns, step
+        done_rounds, episodes = done_rounds + 1, made.stop
         saved = {
             "agent": agent.state_dict(), "optimizers": {k: o.state_dict() for k, o in agent.optimizers.items()},
             "torch_rng": torch.get_rng_state(), "rng": json.dumps(rng.bit_generator.state), "step": step,
             "rounds": done_rounds, "mean": torch.from_numpy(mean), "square": torch.from_numpy(square),
-            "envs": args.envs, "seed": args.seed,
+            "episodes": episodes, "seed": args.seed,
         }  # fmt: skip
         torch.save(saved, out / "checkpoint.tmp")
         os.replace(out / "checkpoint.tmp", checkpoint)
         rate = (step - start_step) / (time.time() - start_time)
         left = f"{(rounds - done_rounds) * EPISODE / rate / 60:5.1f} min left" if rate else ""
-        print(f"{step:7d} updates  {(first + args.envs) * EPISODE:8d} transitions  sampled return "
+        print(f"{step:7d} updates  {episodes * EPISODE:8d} transitions  sampled return "
               f"{returns.mean():6.1f}  {rate:5.1f} updates/s  {left}", flush=True)  # fmt: skip
 
 
@@ -249,14 +250,13 @@ def export_actor(args: Args, name: str, out: Path, target: Path) -> None:
     wanted, spread = TABLE_5[args.task, name][:2]
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
     updates, returns = (
-        np.load(out / "record" / f"{n}.npy", mmap_mode="r")[: saved["rounds"] * saved["envs"]].reshape(
-            -1, saved["envs"]
-        )
-        for n in ("updates", "ret")
+        np.load(out / "record" / f"{n}.npy", mmap_mode="r")[: saved["episodes"]] for n in ("updates", "ret")
     )
+    ends, first = np.unique(updates, return_index=True)  # of the rounds
+    scored = np.add.reduceat(returns, first) / np.diff([*first, len(returns)])
     steps = np.array(sorted(int(path.stem) for path in (out / "actors").glob("*.npz")))
-    steps = steps[steps <= updates[-1, 0]]
-    learned = returns.mean(1)[np.searchsorted(updates[:, 0], steps)]  # what its round scored while it learned
+    steps = steps[steps <= ends[-1]]
+    learned = scored[np.searchsorted(ends, steps)]  # what its round scored while it learned
     tried = []
     for step in sorted(steps[np.argsort(np.abs(learned - wanted), kind="stable")[: args.candidates]]):
         actor = out / "actors" / f"{step:07d}.npz"

@@ -319,7 +319,13 @@ def test_sac_killed_between_two_checkpoints_ends_as_if_never_killed(tmp_path):
         np.testing.assert_array_equal(*arrays)
     assert (arrays[0] > 0).all() and len(arrays[0]) == 8
     other = run_python(*sac(killed, 2000, "--seed", 1))
-    assert other.returncode == 1 and "another --seed" in other.stderr
+    assert other.returncode == 1 and "holds a run of --seed 0" in other.stderr
+    more = run_python(*sac(whole, 2500, "--envs", 3))  # another number of environments may go on
+    assert "resumed at 1500 updates, 8 episodes" in more.stdout
+    assert "2000 updates      5500 transitions" in more.stdout
+    record, replay = (np.load(whole / "walker-walk" / f"{name}.npy") for name in ("record/updates", "replay/reward"))
+    assert record.tolist() == [0, 0, 500, 500, 1000, 1000, 1500, 1500, 2000, 2000, 2000]
+    assert len(replay) == 5500 and (replay[4000:] > 0).mean() > 0.5
 
 
 def test_exporting_what_was_never_trained_is_one_line(tmp_path):
@@ -335,7 +341,7 @@ def trained(tmp_path, monkeypatch):
     out = tmp_path / "runs" / "walker-walk"
     for folder in (out / "record", out / "actors"):
         folder.mkdir(parents=True)
-    torch.save({"rounds": 5, "envs": 2}, out / "checkpoint.pt")
+    torch.save({"rounds": 5, "episodes": 10}, out / "checkpoint.pt")
     np.save(out / "record" / "updates.npy", np.repeat([100, 200, 300, 400, 500, 0], 2))  # the last row: not yet made
     np.save(out / "record" / "ret.npy", np.repeat([100.0, 200, 300, 400, 500, 0], 2) + np.tile([-5.0, 5], 6))
     for step in (100, 200, 300, 400, 500, 600):  # 600: later than the checkpoint
