@@ -1,7 +1,8 @@
 """What no paper describes: environments that render, data on disk, runs that survive a kill.
 
     environments   make_env, EnvPool                                       needs mujoco, dm_control
-    data           open_dataset, DatasetWriter, TransitionBuffer           needs numpy, torch
+    data           open_dataset, DatasetWriter, TransitionBuffer,          needs numpy, torch
+                   SequenceBuffer
     runs           parse_args, start_run, Run, accelerate                  needs torch, tyro
 
 The algorithm files import this one and nothing else of the project; a folder that holds one of them
@@ -409,6 +410,17 @@ class Dataset:
         digests = [part.meta["sha256"] for part in self.parts]
         self.hash = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()[:16]
 
+    def rows(self) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
+        """first row (E,) and number of rows (E,) of each episode, and action, reward, discount of all rows, checked;
+        the parts one after another."""
+        for part in self.parts:
+            part.check_values()
+        starts = np.cumsum([0, *(len(part.reward) for part in self.parts)])
+        first = np.concatenate([part.episode + start for part, start in zip(self.parts, starts)])
+        lengths = np.concatenate([part.lengths for part in self.parts])
+        names = ("action", "reward", "discount")
+        return first, lengths, [np.concatenate([getattr(part, name) for part in self.parts]) for name in names]
+
     def facts(self) -> dict:
         """What a run has to know of its data without opening it, for config.json."""
         hidden = ("path", "meta", "parts")
@@ -707,6 +719,39 @@ class Batch(NamedTuple):
     next_obs: Tensor | None
 
 
+class Frames:
+    """Every image row of a set, its parts one after another: in the memory map, or on the GPU if they fit."""
+
+    def __init__(self, dataset: Dataset, device: torch.device, buffer_device: str):
+        self.device = device
+        with warnings.catch_warnings(action="ignore"):  # torch notes that the map is read-only: nothing writes to it
+            self.images = [torch.from_numpy(part.image) for part in dataset.parts]
+        self.bounds = np.cumsum([0, *(len(image) for image in self.images)]).tolist()  # first global row of each part
+        self.on_gpu = self._fits(buffer_device)
+        if self.on_gpu:
+            frames = torch.empty((self.bounds[-1], *self.images[0].shape[1:]), dtype=torch.uint8, device=device)
+            for image, start in zip(self.images, self.bounds):
+                frames[start : start + len(image)].copy_(image)
+            self.images = [frames]
+            self.bounds = [0, self.bounds[-1]]
+
+    def _fits(self, buffer_device: str) -> bool:
+        if self.device.type != "cuda" or buffer_device == "cpu":
+            return False
+        needed = sum(image.numel() for image in self.images)
+        return buffer_device == "cuda" or needed < BUFFER_SHARE * torch.cuda.mem_get_info(self.device)[0]
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """rows (n,) int64, those of each part together and in the order of the parts -> (n, 3, S, S) uint8."""
+        source = self.images[0]
+        out = torch.empty((len(rows), *source.shape[1:]), dtype=torch.uint8, device=source.device,
+                          pin_memory=source.device != self.device)  # fmt: skip
+        cuts = [0, *(int((rows < start).sum()) for start in self.bounds[1:-1]), len(rows)]
+        for image, start, low, high in zip(self.images, self.bounds, cuts[:-1], cuts[1:]):
+            torch.index_select(image, 0, rows[low:high] - start, out=out[low:high])
+        return out.to(self.device, non_blocking=True)
+
+
 class TransitionBuffer:
     """Uniform samples of n-step transitions, with replacement, from every complete window of a set.
 
@@ -718,14 +763,11 @@ class TransitionBuffer:
                  seed: int = 0, device="cpu", buffer_device: str = "cpu", next_obs: bool = True):  # fmt: skip
         self.batch_size, self.frame_stack, self.nstep = batch_size, frame_stack, nstep
         self.device, self.next_obs = torch.device(device), next_obs
-        for part in dataset.parts:
-            part.check_values()
+        self.frames = Frames(dataset, self.device, buffer_device)
         self.action_dim, self.obs_shape = (dataset.action_dim, (3 * frame_stack, dataset.size, dataset.size))
-        with warnings.catch_warnings(action="ignore"):  # torch notes that the map is read-only: nothing writes to it
-            self.images = [torch.from_numpy(part.image) for part in dataset.parts]
-        self.bounds = np.cumsum([0, *(len(image) for image in self.images)]).tolist()  # first global row of each part
-        first_rows = np.concatenate([part.episode + start for part, start in zip(dataset.parts, self.bounds)])
-        steps = np.concatenate([part.lengths for part in dataset.parts]) - 1  # T per episode
+        first_rows, lengths, columns = dataset.rows()
+        action, reward, discount = columns
+        steps = lengths - 1  # T per episode
         windows = np.maximum(steps - nstep + 1, 0)  # T - n + 1 starts: all n rewards must exist
         if not windows.any():
             raise UserError(f"{dataset.path}: no episode is as long as --nstep {nstep}")
@@ -734,10 +776,6 @@ class TransitionBuffer:
         offset = np.arange(windows.sum()) - np.repeat(np.cumsum(windows) - windows, windows)  # t within the episode
         rows = np.repeat(first_rows, windows) + offset  # obs of window w ends at image rows[w]
         self.rows, self.offset = torch.from_numpy(rows), torch.from_numpy(offset)
-        action, reward, discount = (
-            np.concatenate([np.asarray(getattr(part, name)) for part in dataset.parts])
-            for name in ("action", "reward", "discount")
-        )
         # row:       t        t+1       t+2       t+3         arrival rows, n = 3
         # image:     obs                          next_obs
         # action:             action
@@ -751,19 +789,8 @@ class TransitionBuffer:
             torch.from_numpy(c.astype(np.float32)).to(self.device) for c in columns
         )
         self.generator = torch.Generator().manual_seed(seed)
-        if self._fits(buffer_device):
-            frames = torch.empty((self.bounds[-1], *self.images[0].shape[1:]), dtype=torch.uint8, device=self.device)
-            for image, start in zip(self.images, self.bounds):
-                frames[start : start + len(image)].copy_(image)
-            self.images = [frames]
-            self.bounds = [0, self.bounds[-1]]
+        if self.frames.on_gpu:
             self.rows, self.offset = self.rows.to(self.device), self.offset.to(self.device)
-
-    def _fits(self, buffer_device: str) -> bool:
-        if self.device.type != "cuda" or buffer_device == "cpu":
-            return False
-        needed = sum(image.numel() for image in self.images)
-        return buffer_device == "cuda" or needed < BUFFER_SHARE * torch.cuda.mem_get_info(self.device)[0]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -775,7 +802,7 @@ class TransitionBuffer:
     def gather(self, index: Tensor) -> Batch:
         """The transitions of windows `index` (B,) int64, in rising order."""
         on_device = index.to(self.device, non_blocking=True)
-        index = on_device if self.rows.device.type == "cuda" else index
+        index = on_device if self.frames.on_gpu else index
         rows, offset = self.rows[index], self.offset[index]
         back = torch.arange(self.frame_stack - 1, -1, -1, device=rows.device)  # oldest frame first
         obs = self._frames(rows[:, None] - torch.minimum(back, offset[:, None]))
@@ -786,15 +813,81 @@ class TransitionBuffer:
 
     def _frames(self, rows: Tensor) -> Tensor:
         """rows (B, F) of image rows -> stacked frames (B, 3 F, S, S) uint8: a view of the gathered rows."""
-        flat = rows.flatten()
-        source = self.images[0]
-        out = torch.empty((len(flat), *source.shape[1:]), dtype=torch.uint8, device=source.device,
-                          pin_memory=source.device != self.device)  # fmt: skip
-        # flat need not be sorted, but its rows of each part stand together, in the order of the parts
-        cuts = [0, *(int((flat < start).sum()) for start in self.bounds[1:-1]), len(flat)]
-        for image, start, low, high in zip(self.images, self.bounds, cuts[:-1], cuts[1:]):
-            torch.index_select(image, 0, flat[low:high] - start, out=out[low:high])
-        return out.view(len(rows), *self.obs_shape).to(self.device, non_blocking=True)
+        return self.frames.gather(rows.flatten()).view(len(rows), *self.obs_shape)
+
+    def state_dict(self) -> dict:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.generator.set_state(state["generator"])
+
+
+class Sequences(NamedTuple):
+    """image (B, T, 3, S, S) uint8 or None; action (B, T, A), reward, discount (B, T) float32; is_first (B, T) bool;
+    row (B, T) int64, of the set.
+
+    Arrival rows: action[:, t] led to image[:, t], which came with reward[:, t] and discount[:, t]; in an episode's
+    first row action and reward are 0. Sorted by row of the set: a half of the batch is no random half."""
+
+    image: Tensor | None
+    action: Tensor
+    reward: Tensor
+    discount: Tensor
+    is_first: Tensor
+    row: Tensor
+
+
+class SequenceBuffer:
+    """Windows of `length` rows that lie in one episode: an episode drawn uniformly, then one of its starts, with
+    replacement. Every row of an episode that is long enough is in some window, the last one too.
+
+    force_first: is_first also on a window's own first row, so that no unknown past and no action that led there
+    counts; without it an episode's first row alone has it. Frames are held as in TransitionBuffer."""
+
+    def __init__(self, dataset: Dataset, batch_size: int, length: int, seed: int = 0, device="cpu",
+                 buffer_device: str = "cpu", force_first: bool = True):  # fmt: skip
+        self.batch_size, self.length, self.force_first = batch_size, length, force_first
+        self.device = torch.device(device)
+        self.frames = Frames(dataset, self.device, buffer_device)
+        self.action_dim, self.num_rows = dataset.action_dim, self.frames.bounds[-1]
+        first_rows, lengths, columns = dataset.rows()
+        self.action, self.reward, self.discount = (
+            torch.from_numpy(column.astype(np.float32)).to(self.device) for column in columns
+        )
+        self.is_first = torch.zeros(self.num_rows, dtype=torch.bool)
+        self.is_first[first_rows] = True
+        self.is_first = self.is_first.to(self.device)
+        usable = lengths >= length
+        if not usable.any():
+            raise UserError(
+                f"{dataset.path}: its longest episode has {lengths.max()} rows, --window {length} needs as many"
+            )
+        if not usable.all():
+            short = (~usable).sum()
+            print(f"note: {short} episodes of {dataset.path} are shorter than --window {length} and go unused")
+        self.first_rows = torch.from_numpy(first_rows[usable])
+        self.starts = torch.from_numpy(lengths[usable] - length + 1)  # per episode
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def sample(self, images: bool = True) -> Sequences:
+        """images=False leaves them out, for what is computed from `row` instead."""
+        episode = torch.randint(len(self.starts), (self.batch_size,), generator=self.generator)
+        part = torch.rand(self.batch_size, generator=self.generator, dtype=torch.float64)
+        start = self.first_rows[episode] + (part * self.starts[episode]).long()
+        row = start.sort().values[:, None] + torch.arange(self.length)
+        return self.gather(row.pin_memory() if self.device.type == "cuda" else row, images)
+
+    def gather(self, row: Tensor, images: bool = True) -> Sequences:
+        """The windows of rows `row` (B, T) int64, each within an episode, in rising order."""
+        on_device = row.to(self.device, non_blocking=True)
+        is_first = self.is_first[on_device]  # a copy
+        is_first[:, 0] |= self.force_first
+        image = None
+        if images:
+            image = self.frames.gather((on_device if self.frames.on_gpu else row).flatten())
+            image = image.view(*row.shape, *image.shape[1:])
+        columns = (column[on_device] for column in (self.action, self.reward, self.discount))
+        return Sequences(image, *columns, is_first, on_device)
 
     def state_dict(self) -> dict:
         return {"generator": self.generator.get_state()}
@@ -806,6 +899,9 @@ class TransitionBuffer:
 # ==== Runs ====
 
 FREE_FLAGS = {"data_dir", "runs_dir", "log_every", "buffer_device", "overwrite", "evaluate"}  # may differ on resume
+GROWING_FLAGS = {"steps", "agent_steps"}  # may grow on resume
+POSITIVE_FLAGS = {"steps batch_size log_every eval_episodes nstep window horizon ensemble target_every": 1,
+                  "model_steps agent_steps": 0}  # fmt: skip
 EVAL_SEED = 1_000_000  # evaluation episode i starts from seed EVAL_SEED + i, in every run and at every step
 CHECKPOINT_SECONDS = 300.0
 
@@ -850,9 +946,10 @@ def parse_args(args_class, tuned: dict, quick: dict):
         if not torch.cuda.is_available():
             raise UserError(f"--device {args.device}: there is no CUDA device here; --device cpu")
         torch.cuda.set_device(args.device if ":" in args.device else 0)
-    for name in ("steps", "batch_size", "log_every", "eval_episodes", "nstep"):
-        if (number := getattr(args, name, None)) is not None and number < 1:
-            raise UserError(f"--{name.replace('_', '-')} {number}: at least 1")
+    for names, least in POSITIVE_FLAGS.items():
+        for name in names.split():
+            if (number := vars(args).get(name)) is not None and number < least:
+                raise UserError(f"--{name.replace('_', '-')} {number}: at least {least}")
     if args.accelerate == "auto":
         args.accelerate = "eager"  # until compile and graph are measured to be faster and equal
     if args.precision == "auto":
@@ -1005,9 +1102,8 @@ class Run:
             self.args.eval_every = old["args"]["eval_every"]
         new = json.loads(json.dumps(dataclasses.asdict(self.args), default=str))
         pairs = {name: (old["args"].get(name), value) for name, value in new.items() if name not in FREE_FLAGS}
-        changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-        if new["steps"] > old["args"]["steps"]:
-            del changed["steps"]  # may grow
+        grown = {name for name in GROWING_FLAGS & pairs.keys() if pairs[name][1] > pairs[name][0]}
+        changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in grown}
         if old["dataset"]["hash"] != self.facts["hash"]:
             changed["dataset hash"] = (old["dataset"]["hash"], self.facts["hash"])
         if changed:
@@ -1227,6 +1323,31 @@ def load_run(args):
     kept |= {name: getattr(args, name) for name in ("device", "precision", "eval_episodes", "evaluate")}
     kept["eval_every"] = None  # 0 would mean: no environment
     return dataclasses.replace(args, **kept), config["dataset"], weights
+
+
+def load_model(args, dataset: Dataset, flags: tuple[str, ...], prefix: str = "model.") -> dict:
+    """What --model-from RUN needs: the world model's part of the newest weights of a run, names without `prefix`.
+
+    Raises UserError where RUN has not finished its first phase, or where one of `flags`, the task or the action size
+    is another than here."""
+    path, flag = Path(args.model_from), f"--model-from {args.model_from}"
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{flag}: there is no config.json; give a run's folder") from None
+    there, here = config["args"], dataclasses.asdict(args)
+    pairs = {f"--{name.replace('_', '-')}": (there.get(name), here[name]) for name in flags}
+    pairs |= {"task": (there["task"], args.task), "action_dim": (config["dataset"]["action_dim"], dataset.action_dim)}
+    if changed := ", ".join(f"{name} {old}, here {new}" for name, (old, new) in pairs.items() if old != new):
+        raise UserError(f"{flag} has {changed}")
+    checkpoints = sorted(path.glob("checkpoint-*"))
+    if (path / "weights.pt").exists():
+        weights = torch.load(path / "weights.pt", map_location="cpu", weights_only=True)
+    elif checkpoints and int(checkpoints[-1].name[11:]) >= there["model_steps"]:
+        weights = torch.load(checkpoints[-1] / "state.pt", map_location="cpu", weights_only=True)["objects"]["agent"]
+    else:
+        raise UserError(f"{flag} has not finished its first phase of {there['model_steps']} updates")
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 def keep_freed_memory() -> None:

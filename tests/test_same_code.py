@@ -18,15 +18,26 @@ import common
 ROOT = Path(common.__file__).resolve().parent
 
 # name -> groups of files; the text is equal within a group and differs from group to group
+FREE, MODEL = {"bc", "drq_bc", "cql"}, {"offline_dv2"}  # model-free files, world models
 VARIANTS = {
     # which networks there are, and which optimiser trains which: the algorithm itself
-    "Agent.__init__": [{"bc"}, {"drq_bc", "cql"}],
-    # CQL adds the conservative term, and for it values 31 actions instead of one
-    "Agent.critic_loss": [{"drq_bc"}, {"cql"}],
+    "Agent.__init__": [{"bc"}, {"drq_bc", "cql"}, {"offline_dv2"}],
+    # CQL adds the conservative term, and for it values 31 actions instead of one; the world model's is on lambda-returns
+    "Agent.critic_loss": [{"drq_bc"}, {"cql"}, {"offline_dv2"}],
     # BC trains its encoder through it, DrQ+BC gets an embedding without gradient and adds Q, CQL has Q alone
-    "Agent.actor_loss": [{"bc"}, {"drq_bc"}, {"cql"}],
+    "Agent.actor_loss": [{"bc"}, {"drq_bc"}, {"cql"}, {"offline_dv2"}],
     # the order of one update: BC has one step, the others step critic, actor and target
     "Agent.update": [{"bc"}, {"drq_bc", "cql"}],
+    # DrQ-v2's networks and initialisation on one side, DreamerV2's (Keras's) on the other
+    "init_weights": [FREE, MODEL],
+    "Encoder": [FREE, MODEL],
+    "Actor": [FREE, MODEL],
+    # torch's Adam; TensorFlow's, which reports the norm it clips
+    "Agent.minimize": [FREE, MODEL],
+    # a stack of frames is the state; a filter carries it from image to image
+    "Agent.act": [FREE, MODEL],
+    "evaluate": [FREE, MODEL],
+    "evaluate_run": [FREE, MODEL],
 }
 
 BANNERS = ["# ==== Networks ====", "# ==== Agent ====", "# ==== Evaluation ===="]
@@ -95,7 +106,7 @@ def problems(files: dict[str, str], variants: dict[str, list[set[str]]]) -> list
 
 def test_same_name_same_source_text():
     files = repository_files()
-    assert {"bc", "drq_bc", "cql"} <= files.keys()
+    assert {"bc", "drq_bc", "cql", "offline_dv2"} <= files.keys()
     assert not problems(files, VARIANTS), "\n\n".join(problems(files, VARIANTS))
 
 

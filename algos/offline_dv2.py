@@ -1,0 +1,757 @@
+"""Offline DreamerV2 (arXiv:2206.04779): DreamerV2's world model (2010.02193), trained on the data and then frozen; an
+actor and a critic trained inside it on the reward minus the disagreement of an ensemble of priors.
+
+    model   deter_t = GRU(deter_{t-1}, stoch_{t-1}, action_t);  stoch_t: 32 categoricals, feat_t = (stoch_t, deter_t)
+            post_t = q(. | deter_t, image_t);  prior_t = p_k(. | deter_t), k drawn from 1..N once per time step
+            L = -log p(image | feat) - log p(reward | feat) + (1 - kl_balance) max(KL(post || sg prior), free_nats)
+                + kl_balance max(KL(sg post || prior), free_nats),  each KL a mean over batch and time
+    penalty u(deter) = mean_k |P_k - mean_j P_j|  (Frobenius), P_k the class probabilities of prior k
+    agent   from every state of the windows H steps under the actor, r~ = reward - penalty_coef * u
+            target_t = r~_t + gamma ((1 - td_lambda) v(feat_{t+1}) + td_lambda target_{t+1}),  target_H = v(feat_H)
+            L_pi = -(target + actor_ent * entropy), through the dynamics;  L_v = 0.5 (v(feat) - target)^2
+
+Dims: B windows, T rows of a window, M = B T states, H horizon, A action, E embedding, S stoch, K classes, D deter,
+F = S K + D feat, N ensemble.
+Differs from the released code (marked DIFF n where it happens):
+  DIFF 1: 800 and 2,400 epochs (Table 7), that is 25,000 and 75,000 updates for 100,000 transitions; theirs 25,100 and
+          200,000 for any set, after a joint update of model and agent.
+  DIFF 2: penalty_coef 10, 3 for random sets, 8 for walker-walk mixed: the paper's as recalled, which searched 3 to 10
+          and names these exceptions; theirs 5 (README: 10), and no penalty at all unless told.
+  DIFF 3: the critic's target starts as its copy; theirs is another network until the first update is over.
+  DIFF 4: the encoder is frozen and deterministic in the second phase, so the set is embedded once: the same numbers.
+  DIFF 5: --precision auto is bf16 autocast where the hardware has it; theirs float16 with a scaled loss.
+  DIFF 6: an evaluation is ten seeded episodes; theirs is one, unseeded.
+Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside, or one above
+from common import (  # noqa: E402
+    EVAL_SEED,
+    EnvPool,
+    SequenceBuffer,
+    Sequences,
+    UserError,
+    accelerate,
+    evaluation_pool,
+    load_model,
+    load_run,
+    open_dataset,
+    parse_args,
+    save_video,
+    start_run,
+)
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass
+class Args:
+    task: str = "cheetah-run"  # dm_control domain-task
+    dataset: str = "random"  # random, mixed, medium, medexp, expert, or the path of a set you made
+    source: Literal["made", "vd4rl"] = "made"  # made: rendered here; vd4rl: the imported official set
+    data_dir: str | None = None  # where sets are; None: $CLEANPIXELS_DATA, else datasets/ beside common.py
+    transitions: int | None = None  # a smaller made set of so many transitions
+    data_seed: int = 0  # seed of a made set
+    seed: int = 0  # of weights, sampling and imagination; evaluation has seeds of its own
+    tag: str = ""  # tells apart runs of the same task, set and seed with other flags
+    runs_dir: str | None = None  # where run folders are; None: runs/ beside common.py
+    overwrite: bool = False  # start anew in a folder that holds a run; without it the same command continues
+    quick: bool = False  # QUICK below: shows learning on two CPU cores; no benchmark row
+    evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
+    model_from: str | None = None  # a run's folder: take its world model and begin with the second phase
+    model_steps: int | None = None  # gradient updates of the world model; None: 800 epochs (Table 7; DIFF 1)
+    agent_steps: int | None = None  # gradient updates of the agent; None: 2,400 epochs (Table 7; DIFF 1)
+    batch_size: int = 64  # windows (Table 7)
+    window: int = 50  # rows per window (Table 7)
+    model_lr: float = 3e-4  # Adam
+    actor_lr: float = 8e-5
+    critic_lr: float = 8e-5
+    cnn_depth: int = 48  # channels of the first convolution, doubled by each of the next three
+    stoch: int = 32  # categorical variables
+    classes: int = 32  # of each
+    deter: int = 200  # width of the recurrent state
+    hidden: int = 200  # width of the layers beside it
+    ensemble: int = 7  # priors (Table 7)
+    units: int = 400  # width of the four layers of reward head, actor and critic
+    kl_balance: float = 0.8  # share of the KL's gradient that trains the prior
+    free_nats: float = 1.0  # below it the mean KL has no gradient
+    penalty: Literal["mean_disagreement", "sum_squares", "logit_std", "log_prob_std", "mixture_std", "none"] = (
+        "mean_disagreement"  # the released code's; sum_squares: Eq. 1 as printed; logit_std: Appendix B.1's words
+    )
+    penalty_coef: float = 10.0  # lambda of Eq. 1 (DIFF 2)
+    horizon: int = 5  # imagined steps (Table 7)
+    gamma: float = 0.99  # discount per control step
+    td_lambda: float = 0.95  # of the lambda-return
+    actor_ent: float = 1e-4  # weight of the actor's entropy
+    actor_sample_grad: Literal["reference", "exact"] = "reference"  # through a truncated normal's draw; see its text
+    target_every: int = 100  # agent updates between hard copies of the critic into its target
+    eval_state_mode: bool = False  # evaluate on the posterior's most likely classes; default: drawn, as theirs
+    eval_every: int | None = None  # gradient updates; None: a twentieth of the run, second phase; 0: no environment
+    eval_episodes: int = 10  # per evaluation
+    log_every: int = 100  # gradient updates
+    device: str = "auto"  # auto: cuda if there is one, else cpu
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the hardware has it (DIFF 5)
+    accelerate: Literal["auto", "eager", "compile", "graph"] = "auto"  # same mathematics; auto: eager for now
+    buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the frames are; auto: on the GPU if they fit
+
+    @property
+    def steps(self) -> int:
+        """Gradient updates of both phases: one counter runs over both."""
+        return self.model_steps + self.agent_steps
+
+
+TASKS, SETS = ("walker-walk", "cheetah-run"), ("random", "mixed", "medium", "medexp", "expert")
+TUNED = {(task, name): {"penalty_coef": 3.0 if name == "random" else 10.0} for task in TASKS for name in SETS}
+TUNED["walker-walk", "mixed"] = {"penalty_coef": 8.0}  # all three values: DIFF 2
+QUICK = {"transitions": 30_000, "batch_size": 16, "window": 25, "model_steps": 1_800, "agent_steps": 600,
+         "eval_every": 100, "cnn_depth": 16, "ensemble": 5, "units": 200, "horizon": 12,
+         "penalty_coef": 1.0}  # fmt: skip
+
+SIZE = 64  # pixels per side: what the decoder's kernels give
+MODEL_FLAGS = ("cnn_depth", "stoch", "classes", "deter", "hidden", "ensemble", "units")  # sizes of its networks
+
+
+# ==== Networks ====
+
+
+def init_weights(module: nn.Module) -> None:
+    """Keras's defaults: Glorot-uniform weights, zero biases."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class LastLayer(nn.Linear):
+    """Linear, in float32 also under autocast: bf16 would round an action to 0.004 and a value of 100 to 0.5.
+
+    Every head that gives an action or a value ends in one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+def hidden_layers(inputs: int, units: int, count: int = 4) -> nn.Sequential:
+    """(..., inputs) -> (..., units)."""
+    layers = [layer for width in [inputs, *(count - 1) * [units]] for layer in (nn.Linear(width, units), nn.ELU(True))]
+    return nn.Sequential(*layers)
+
+
+def mlp(inputs: int, units: int, outputs: int) -> nn.Sequential:
+    """Four hidden layers. (..., inputs) -> (..., outputs) float32."""
+    return nn.Sequential(hidden_layers(inputs, units), LastLayer(units, outputs))
+
+
+class Encoder(nn.Module):
+    """Frames to embeddings. image (M, 3, 64, 64) float32 in [-0.5, 0.5]  ->  embed (M, E); depth 48: E = 1536."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        widths = [3, depth, 2 * depth, 4 * depth, 8 * depth]
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2) for a, b in zip(widths, widths[1:]))
+        self.embed_dim = 8 * depth * 2 * 2  # 64 -> 31 -> 14 -> 6 -> 2
+
+    def forward(self, image: Tensor) -> Tensor:
+        for conv in self.convs:
+            image = F.elu_(conv(image))
+        return image.flatten(1)
+
+
+class Decoder(nn.Module):
+    """Mean of a unit normal per pixel. feat (M, F)  ->  image (M, 3, 64, 64), in the scale of the encoder's input."""
+
+    def __init__(self, feat_dim: int, depth: int):
+        super().__init__()
+        widths = [32 * depth, 4 * depth, 2 * depth, depth, 3]
+        self.linear = nn.Linear(feat_dim, widths[0])
+        self.convs = nn.ModuleList(  # 1 -> 5 -> 13 -> 30 -> 64
+            nn.ConvTranspose2d(a, b, kernel, stride=2) for a, b, kernel in zip(widths, widths[1:], (5, 5, 6, 6))
+        )
+
+    def forward(self, feat: Tensor) -> Tensor:
+        first, *others = self.convs
+        image = self.linear(feat) @ first.weight.flatten(1)  # of one pixel: a matrix product, 20 times as fast so
+        image = image.unflatten(1, first.weight.shape[1:]).contiguous(memory_format=torch.channels_last)
+        image = image + first.bias[:, None, None].to(image.dtype)
+        for conv in others:  # the bias apart: inside, one of these layers takes three times as long on a CPU
+            image = F.conv_transpose2d(F.elu_(image), conv.weight, stride=2)
+            image = image + conv.bias[:, None, None].to(image.dtype)
+        return image
+
+
+class GRUCell(nn.Module):
+    """DreamerV2's: one LayerNorm over the three pre-activations, the update gate's bias -1. Not torch.nn.GRUCell.
+
+    x (M, inputs), h (M, D)  ->  h' (M, D) float32."""
+
+    def __init__(self, inputs: int, deter: int):
+        super().__init__()
+        self.linear = nn.Linear(inputs + deter, 3 * deter)
+        self.norm = nn.LayerNorm(3 * deter, eps=1e-3)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        reset, candidate, update = self.norm(self.linear(torch.cat([x, h], -1)).float()).chunk(3, -1)
+        candidate = torch.tanh(torch.sigmoid(reset) * candidate)
+        update = torch.sigmoid(update - 1)
+        return update * candidate + (1 - update) * h
+
+
+class Priors(nn.Module):
+    """The ensemble: N networks of two layers from the recurrent state to the logits of the stochastic one.
+
+    Their weights lie in one tensor each, so that those not drawn get zero gradients and decay, as in TensorFlow."""
+
+    def __init__(self, ensemble: int, deter: int, hidden: int, outputs: int):
+        super().__init__()
+        self.w1, self.w2 = (
+            nn.Parameter(torch.empty(ensemble, *shape)) for shape in ((deter, hidden), (hidden, outputs))
+        )
+        self.b1, self.b2 = (nn.Parameter(torch.zeros(ensemble, 1, width)) for width in (hidden, outputs))
+        for weight in (self.w1, self.w2):
+            for member in weight:
+                nn.init.xavier_uniform_(member.data)
+
+    def forward(self, deter: Tensor, member: Tensor | None = None) -> Tensor:
+        """deter (n, M, D), one member (n,) int64 each  ->  logits (n, M, S K) float32; None: deter (M, D) in all of
+        them  ->  (N, M, S K)."""
+        w1, b1, w2, b2 = self.w1, self.b1, self.w2, self.b2
+        if member is not None:
+            w1, b1, w2, b2 = w1[member], b1[member], w2[member], b2[member]
+        x = F.elu_(torch.matmul(deter, w1) + b1)
+        return (torch.matmul(x, w2) + b2).float()
+
+
+class State(NamedTuple):
+    """stoch (..., S K), one-hot per variable; deter (..., D)."""
+
+    stoch: Tensor
+    deter: Tensor
+
+    @property
+    def feat(self) -> Tensor:
+        return torch.cat(self, -1)
+
+
+class RSSM(nn.Module):
+    """Recurrent state-space model: the dynamics of the latent state, and its posterior given images."""
+
+    def __init__(self, embed_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        stoch, classes, deter, hidden, ensemble = args.stoch, args.classes, args.deter, args.hidden, args.ensemble
+        self.stoch, self.classes, self.deter, self.ensemble = stoch, classes, deter, ensemble
+        self.img_in = nn.Linear(stoch * classes + action_dim, hidden)
+        self.gru = GRUCell(hidden, deter)
+        self.priors = Priors(ensemble, deter, hidden, stoch * classes)
+        self.post_in = nn.Linear(deter + embed_dim, hidden)
+        self.post_out = nn.Linear(hidden, stoch * classes)
+
+    def initial(self, count: int) -> State:
+        zeros = self.img_in.weight.new_zeros
+        return State(zeros(count, self.stoch * self.classes), zeros(count, self.deter))
+
+    def draw_members(self, count: int) -> Tensor:
+        """One prior per time step, shared by the batch, drawn on the device. -> (count,) int64."""
+        return torch.randint(self.ensemble, (count,), device=self.img_in.weight.device)
+
+    def sample(self, logits: Tensor, mode: bool = False) -> Tensor:
+        """One-hot draws, or the most likely classes. logits (..., S K)  ->  (..., S K); the gradient is that of the
+        probabilities (straight-through)."""
+        probs = logits.unflatten(-1, (self.stoch, self.classes)).softmax(-1)
+        cumulative = probs.detach().cumsum(-1)
+        threshold = torch.rand_like(cumulative[..., :1]) * cumulative[..., -1:]
+        index = (cumulative <= threshold).sum(-1, keepdim=True).clamp_max(self.classes - 1)
+        index = probs.argmax(-1, keepdim=True) if mode else index
+        one_hot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
+        return (one_hot + probs - probs.detach()).flatten(-2)
+
+    def recur(self, state: State, action: Tensor) -> Tensor:
+        """The next recurrent state. action (M, A) leads to it. -> deter (M, D)."""
+        return self.gru(F.elu_(self.img_in(torch.cat([state.stoch, action], -1))), state.deter)
+
+    def observe(self, embed: Tensor, action: Tensor, is_first: Tensor, state: State | None = None, mode: bool = False):
+        """Filters windows. embed (B, T, E), action (B, T, A), is_first (B, T)
+        ->  states (B, T, ...), logits of the posterior (B, T, S K).
+
+        row        t-1                 t                 action[t] led to image[t]
+        state      s[t-1] --action[t]--> deter[t] --embed[t]--> stoch[t]
+        is_first[t] makes s[t-1] and action[t] zero: what was before is unknown."""
+        state = state or self.initial(len(embed))
+        keep = 1 - is_first[..., None].float()
+        action = action * keep
+        from_deter, from_embed = self.post_in.weight.split([self.deter, embed.shape[-1]], 1)
+        embedded = F.linear(embed, from_embed, self.post_in.bias)  # the image's half of the layer, for all rows at once
+        states, post = [], []
+        for t in range(embed.shape[1]):
+            deter = self.recur(State(*(part * keep[:, t] for part in state)), action[:, t])
+            logits = self.post_out(F.elu_(F.linear(deter, from_deter) + embedded[:, t])).float()
+            state = State(self.sample(logits, mode), deter)
+            states.append(state)
+            post.append(logits)
+        return State(*(torch.stack(parts, 1) for parts in zip(*states))), torch.stack(post, 1)
+
+    def imagine(self, state: State, action: Tensor) -> State:
+        """One step under a prior drawn for the whole batch. state (M, ...), action (M, A)."""
+        deter = self.recur(state, action)
+        return State(self.sample(self.priors(deter[None], self.draw_members(1))[0]), deter)
+
+
+class WorldModel(nn.Module):
+    """Encoder, RSSM, decoder, reward head."""
+
+    def __init__(self, args: Args, action_dim: int):
+        super().__init__()
+        self.encoder = Encoder(args.cnn_depth)
+        self.rssm = RSSM(self.encoder.embed_dim, action_dim, args)
+        self.feat_dim = args.stoch * args.classes + args.deter
+        self.decoder = Decoder(self.feat_dim, args.cnn_depth)
+        self.reward = mlp(self.feat_dim, args.units, 1)  # mean of a unit normal
+
+    def embed(self, image: Tensor) -> Tensor:
+        """image (..., 3, 64, 64) uint8  ->  (..., E)."""
+        return self.encoder(scale_pixels(image.flatten(0, -4))).unflatten(0, image.shape[:-3])
+
+    def decode(self, feat: Tensor) -> Tensor:
+        """feat (..., F)  ->  image (..., 3, 64, 64) float32 in about [-0.5, 0.5]."""
+        return self.decoder(feat.flatten(0, -2)).float().unflatten(0, feat.shape[:-1])
+
+
+class TruncatedNormal(NamedTuple):
+    """A normal with these loc and scale (..., A), cut to [-1, 1]."""
+
+    loc: Tensor
+    scale: Tensor
+
+    def bounds(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Standardised bounds, and the mass between them."""
+        low, high = (-1 - self.loc) / self.scale, (1 - self.loc) / self.scale
+        return low, high, torch.special.ndtr(high) - torch.special.ndtr(low)
+
+    def sample(self, gradient: str) -> Tensor:
+        """Draws within +- (1 - 1e-6). gradient "exact": of the inverse distribution function. "reference": as if the
+        standardised draw z were given, dx/dloc = 1 and dx/dscale = z, the bounds' share left out; far from the exact
+        one where the bounds cut much off."""
+        with torch.set_grad_enabled(gradient == "exact" and torch.is_grad_enabled()):
+            low, _, mass = self.bounds()
+            uniform = torch.rand_like(mass).clamp(1e-6, 1 - 1e-6)
+            z = torch.special.ndtri(torch.special.ndtr(low) + uniform * mass)
+        action = self.loc + self.scale * z
+        return action + (action.clamp(-1 + 1e-6, 1 - 1e-6) - action).detach()
+
+    def entropy(self) -> Tensor:
+        """Nats, summed over actions. -> (...)."""
+        low, high, mass = self.bounds()
+        density_low, density_high = (torch.exp(-0.5 * bound**2) / math.sqrt(2 * math.pi) for bound in (low, high))
+        shape = (low * density_low - high * density_high) / (2 * mass)
+        return (torch.log(self.scale * mass) + 0.5 * math.log(2 * math.pi * math.e) + shape).sum(-1)
+
+
+class Actor(nn.Module):
+    """feat (..., F)  ->  a truncated normal over actions; its mode is loc."""
+
+    def __init__(self, feat_dim: int, action_dim: int, units: int):
+        super().__init__()
+        self.hidden = hidden_layers(feat_dim, units)
+        self.loc, self.scale = LastLayer(units, action_dim), LastLayer(units, action_dim)
+
+    def forward(self, feat: Tensor) -> TruncatedNormal:
+        x = self.hidden(feat)
+        return TruncatedNormal(torch.tanh(self.loc(x)), 2 * torch.sigmoid(self.scale(x) / 2) + 0.1)  # 0.1 .. 2.1
+
+
+# ==== Penalties ====
+# logits (N, M, S, K) float32 of all priors, stoch (M, S, K) the state arrived at  ->  (M,)
+
+
+def mean_disagreement(logits: Tensor, stoch: Tensor) -> Tensor:
+    """mean_k |P_k - mean_j P_j|, the norm over variables and classes together."""
+    probs = logits.softmax(-1).flatten(-2)
+    return torch.linalg.vector_norm(probs - probs.mean(0), dim=-1).mean(0)  # its gradient at 0 is 0, not NaN
+
+
+def sum_squares(logits: Tensor, stoch: Tensor) -> Tensor:
+    """sum_k |P_k - mean_j P_j|^2 (2206.04779 Eq. 1)."""
+    probs = logits.softmax(-1).flatten(-2)
+    return (probs - probs.mean(0)).square().sum((0, -1))
+
+
+def logit_std(logits: Tensor, stoch: Tensor) -> Tensor:
+    """Deviation over the members of the normalised logits, mean over variables and classes. Unnormalised ones carry an
+    offset per variable that means nothing."""
+    return logits.log_softmax(-1).std(0, correction=0).mean((-2, -1))
+
+
+def log_prob_std(logits: Tensor, stoch: Tensor) -> Tensor:
+    """Deviation over the members of the log-probability of the state arrived at."""
+    return (logits.log_softmax(-1) * stoch).sum((-2, -1)).std(0, correction=0)
+
+
+def mixture_std(logits: Tensor, stoch: Tensor) -> Tensor:
+    """Deviation of the mixture of the members, of each class's indicator, mean over variables and classes."""
+    probs = logits.softmax(-1).mean(0)
+    return (probs * (1 - probs)).clamp_min(1e-12).sqrt().mean((-2, -1))
+
+
+PENALTY = {
+    "mean_disagreement": mean_disagreement, "sum_squares": sum_squares, "logit_std": logit_std,
+    "log_prob_std": log_prob_std, "mixture_std": mixture_std,
+}  # fmt: skip
+
+
+# ==== Agent ====
+
+
+def scale_pixels(obs: Tensor) -> Tensor:
+    """(B, C, S, S) uint8 in 0..255 -> float32 in [-0.5, 0.5], in memory as the convolutions read it."""
+    assert obs.dtype == torch.uint8  # floats would be scaled in place, perhaps twice
+    return obs.to(torch.float32, memory_format=torch.channels_last).div_(255).sub_(0.5)
+
+
+def categorical_kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of S independent categoricals, nats. Logits (..., S, K) float32  ->  (...)."""
+    p, q = p.log_softmax(-1), q.log_softmax(-1)
+    return (p.exp() * (p - q)).sum((-2, -1))
+
+
+def lambda_return(reward: Tensor, next_value: Tensor, gamma: float, td_lambda: float) -> Tensor:
+    """reward (H, M) of states 0 .. H-1, next_value (H, M) of states 1 .. H  ->  target (H, M) of states 0 .. H-1.
+
+    target_t = reward_t + gamma ((1 - td_lambda) value_{t+1} + td_lambda target_{t+1}), target_H = value_H
+    A state's target, hence its value, includes its own reward."""
+    target, found = next_value[-1], []
+    for t in reversed(range(len(reward))):
+        target = reward[t] + gamma * ((1 - td_lambda) * next_value[t] + td_lambda * target)
+        found.append(target)
+    return torch.stack(found[::-1])
+
+
+class Optimizer:
+    """Adam as TensorFlow computes it, after a clip of the gradient's global norm and a decay that lr does not scale.
+
+    param = (1 - DECAY) param - lr_t m / (sqrt(v) + EPS),  lr_t = lr sqrt(1 - B2^t) / (1 - B1^t)
+    torch.optim.Adam divides v by 1 - B2^t before it adds EPS, which makes the first thousand steps longer."""
+
+    B1, B2, EPS, CLIP, DECAY = 0.9, 0.999, 1e-5, 100.0, 1e-6
+
+    def __init__(self, params, lr: float):
+        self.params, self.lr, self.state = list(params), lr, None
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Returns the gradient's norm before the clip, ()."""
+        params, grads = self.params, [p.grad for p in self.params]
+        if self.state is None:
+            count = torch.zeros((), device=params[0].device)
+            self.state = {"count": count, "m": [*map(torch.zeros_like, params)], "v": [*map(torch.zeros_like, params)]}
+        count, m, v = self.state.values()
+        norm = nn.utils.clip_grad_norm_(params, self.CLIP)
+        torch._foreach_mul_(params, 1 - self.DECAY)
+        count += 1
+        torch._foreach_lerp_(m, grads, 1 - self.B1)
+        torch._foreach_mul_(v, self.B2)
+        torch._foreach_addcmul_(v, grads, grads, 1 - self.B2)
+        denominator = torch._foreach_sqrt(v)
+        torch._foreach_add_(denominator, self.EPS)
+        torch._foreach_div_(denominator, self.lr * (1 - self.B2**count).sqrt() / (1 - self.B1**count))
+        torch._foreach_addcdiv_(params, m, denominator, -1.0)
+        return norm
+
+    def state_dict(self) -> dict:
+        return self.state or {}
+
+    def load_state_dict(self, state: dict) -> None:
+        move = lambda value: value.to(self.params[0].device)  # noqa: E731
+        self.state = {name: [*map(move, x)] if isinstance(x, list) else move(x) for name, x in state.items()} or None
+
+
+class Agent(nn.Module):
+    """World model, actor, critic and its target."""
+
+    LOSSES = ("model_loss", "actor_loss", "critic_loss")  # what --accelerate compile compiles
+
+    def __init__(self, args: Args, action_dim: int):
+        super().__init__()
+        self.args, self.action_dim = args, action_dim
+        self.model = WorldModel(args, action_dim)
+        self.actor = Actor(self.model.feat_dim, action_dim, args.units)
+        self.critic, self.critic_target = (mlp(self.model.feat_dim, args.units, 1) for _ in range(2))
+        self.apply(init_weights)
+        self.model.to(memory_format=torch.channels_last)  # faster convolutions, same numbers up to rounding
+        self.critic_target.load_state_dict(self.critic.state_dict())  # DIFF 3
+        self.critic_target.requires_grad_(False)
+        rates = {"model": args.model_lr, "actor": args.actor_lr, "critic": args.critic_lr}
+        self.optimizers = {name: Optimizer(getattr(self, name).parameters(), rate) for name, rate in rates.items()}
+
+    def autocast(self):
+        return torch.autocast(
+            torch.device(self.args.device).type, torch.bfloat16, enabled=self.args.precision == "bf16"
+        )
+
+    # ---- first phase ----
+
+    def model_loss(self, batch: Sequences) -> tuple[Tensor, Metrics]:
+        """Negative evidence bound of windows, see the head of this file."""
+        args, rssm = self.args, self.model.rssm
+        pixels = scale_pixels(batch.image.flatten(0, 1))  # (B T, 3, 64, 64)
+        embed = self.model.encoder(pixels).unflatten(0, batch.reward.shape)
+        states, post = rssm.observe(embed, batch.action, batch.is_first)
+        # the prior's draw feeds nothing while filtering, so only the drawn member is evaluated, all rows at once
+        member = rssm.draw_members(args.window)
+        prior = rssm.priors(states.deter.transpose(0, 1), member).transpose(0, 1)
+        post, prior = (logits.unflatten(-1, (args.stoch, args.classes)) for logits in (post, prior))
+        train_post = categorical_kl(post, prior.detach()).mean()
+        train_prior = categorical_kl(post.detach(), prior).mean()
+        kl_loss = (1 - args.kl_balance) * train_post.clamp_min(args.free_nats)  # on the mean, not per state
+        kl_loss = kl_loss + args.kl_balance * train_prior.clamp_min(args.free_nats)
+        feat = states.feat
+        image = self.model.decoder(feat.flatten(0, 1)).float()
+        assert image.shape == pixels.shape
+        image_loss = normal_nll(image, pixels) / len(pixels)  # a sum over pixels, a mean over rows: 11,291.9 at best
+        reward = self.model.reward(feat).squeeze(-1)  # of a window's first row too, which knows no past
+        assert reward.shape == batch.reward.shape  # (B, T)
+        reward_loss = normal_nll(reward, batch.reward) / reward.numel()
+        loss = image_loss + reward_loss + kl_loss
+        metrics = {"loss": loss, "image_loss": image_loss, "reward_loss": reward_loss, "kl": train_prior}
+        metrics |= {"post_entropy": entropy(post).mean(), "prior_entropy": entropy(prior).mean()}
+        return loss, {f"model/{name}": value.detach() for name, value in metrics.items()}
+
+    def update_model(self, batch: Sequences) -> Metrics:
+        """One gradient step of the world model."""
+        with self.autocast():
+            loss, metrics = self.model_loss(batch)
+        return metrics | {"model/grad_norm": self.minimize("model", loss)}
+
+    # ---- second phase: the model is frozen ----
+
+    @torch.no_grad()
+    def embed_set(self, buffer: SequenceBuffer, rows: int = 1024) -> Tensor:
+        """Embeddings of every row of the set, in the encoder's output precision. -> (rows of the set, E) (DIFF 4)."""
+        with self.autocast():
+            parts = [
+                self.model.embed(buffer.frames.gather(index.to(buffer.frames.images[0].device)))
+                for index in torch.arange(buffer.num_rows).split(rows)
+            ]
+        return torch.cat(parts)
+
+    def imagine(self, state: State) -> tuple[list[State], list[TruncatedNormal]]:
+        """The actor's rollout from states (M, ...)  ->  H + 1 states (M, ...), H policies.
+
+        index      0            1        ...  H-1       H
+        state      of the data  imagined ...  imagined  imagined
+        policy     pi(sg feat)  pi       ...  pi        -         its draw leads to the next state: the gradient reaches
+                                                                  it through the dynamics, not through its own input"""
+        states, policies = [state], []
+        for _ in range(self.args.horizon):
+            policies.append(self.actor(states[-1].feat.detach()))
+            action = policies[-1].sample(self.args.actor_sample_grad)
+            states.append(self.model.rssm.imagine(states[-1], action))
+        return states, policies
+
+    def penalty(self, state: State) -> Tensor:
+        """Disagreement of the priors on arriving at a state. (M, ...)  ->  (M,)."""
+        args = self.args
+        if args.penalty == "none":
+            return state.deter.new_zeros(len(state.deter))
+        shape = args.stoch, args.classes
+        logits = self.model.rssm.priors(state.deter).unflatten(-1, shape)  # (N, M, S, K)
+        return PENALTY[args.penalty](logits, state.stoch.unflatten(-1, shape))
+
+    def actor_loss(self, start: State) -> tuple[Tensor, Tensor, Tensor, Metrics]:
+        """Lambda-returns of imagined rollouts. start: states (M, ...) of the data, without gradient.
+        Returns loss (); feat (H + 1, M, F) and target (H, M), without gradient, for the critic; metrics.
+
+        index      0      1      ...  H-2          H-1    H
+        reward     r~     r~     ...  r~           r~     -     penalised, on arrival
+        value      -      v      ...  v            v      v     of the target critic
+        target     T_0    T_1    ...  T_H-2        T_H-1  -     T_0: the actor had no part in that state
+        loss       -      T_1    ...  gamma^(H-3)  gamma^(H-2) T_H-1, each with the entropy one index earlier"""
+        args = self.args
+        states, policies = self.imagine(start)
+        feat = torch.stack([state.feat for state in states])
+        reward = self.model.reward(feat[:-1]).squeeze(-1)
+        penalty = torch.stack([self.penalty(state) for state in states[:-1]])
+        value = self.critic_target(feat[1:]).squeeze(-1)
+        penalised = reward - args.penalty_coef * penalty
+        assert penalised.shape == value.shape == (args.horizon, len(start.deter))
+        target = lambda_return(penalised, value, args.gamma, args.td_lambda)
+        entropy = torch.stack([policy.entropy() for policy in policies[:-1]])
+        weight = args.gamma ** torch.arange(args.horizon - 1, device=feat.device)[:, None]
+        loss = -(weight * (target[1:] + args.actor_ent * entropy)).mean()
+        metrics = {
+            "actor/loss": loss, "actor/entropy": entropy.mean(), "imag/reward": reward[1:].mean(),
+            "imag/penalty": penalty[1:].mean(), "imag/penalty_std": penalty[1:].std(), "imag/target": target.mean(),
+        }  # fmt: skip
+        return loss, feat.detach(), target.detach(), {name: value.detach() for name, value in metrics.items()}
+
+    def critic_loss(self, feat: Tensor, target: Tensor) -> tuple[Tensor, Metrics]:
+        """Regression on the lambda-returns of states 0 .. H-1, weighted 1, gamma, gamma^2 ..."""
+        value = self.critic(feat[:-1]).squeeze(-1)
+        assert value.shape == target.shape  # (H, M)
+        weight = self.args.gamma ** torch.arange(len(target), device=feat.device)[:, None]
+        loss = (weight * 0.5 * (value - target).square()).mean()
+        return loss, {"critic/loss": loss.detach(), "critic/value": value.detach().mean()}
+
+    def update_agent(self, batch: Sequences, embed: Tensor) -> Metrics:
+        """One gradient step of actor and critic. embed (B, T, E) of the batch's rows."""
+        with self.autocast():
+            with torch.no_grad():
+                states, _ = self.model.rssm.observe(embed, batch.action, batch.is_first)
+                start = State(*(part.flatten(0, 1) for part in states))  # M = B T: every state is a start
+            actor_loss, feat, target, actor_metrics = self.actor_loss(start)
+        actor_norm = self.minimize("actor", actor_loss)
+        with self.autocast():
+            critic_loss, critic_metrics = self.critic_loss(feat, target)
+        critic_norm = self.minimize("critic", critic_loss)
+        return actor_metrics | critic_metrics | {"actor/grad_norm": actor_norm, "critic/grad_norm": critic_norm}
+
+    def update_target(self) -> None:
+        self.critic_target.load_state_dict(self.critic.state_dict())
+
+    # ---- both ----
+
+    def minimize(self, name: str, loss: Tensor) -> Tensor:
+        """One step of an optimiser on its own parameters; no gradient is computed for others. -> its norm ()."""
+        optimizer = self.optimizers[name]
+        for parameter in optimizer.params:
+            parameter.grad = None
+        loss.backward(inputs=optimizer.params)
+        return optimizer.step()
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, action: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """The actor's mode, and the filter's next state. obs (B, 3, 64, 64) uint8, arrived at by action (B, A); state:
+        what the last call returned, None at an episode's first image."""
+        first = torch.full((len(obs), 1), state is None, device=obs.device)
+        embed = self.model.embed(obs)[:, None]
+        states, _ = self.model.rssm.observe(embed, action[:, None], first, state, self.args.eval_state_mode)
+        state = State(*(part[:, 0] for part in states))
+        return self.actor(state.feat).loc, state
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Sequences) -> Tensor:
+        """What the decoder makes of the filtered states. -> (B, T, 3, 64, 64) in about [-0.5, 0.5]."""
+        states, _ = self.model.rssm.observe(self.model.embed(batch.image), batch.action, batch.is_first)
+        return self.model.decode(states.feat)
+
+    @torch.no_grad()
+    def open_loop(self, batch: Sequences, context: int = 5) -> Tensor:
+        """The same for the first `context` rows; after them only the actions are known. -> (B, T, 3, 64, 64)."""
+        known = (part[:, :context] for part in (self.model.embed(batch.image), batch.action, batch.is_first))
+        states, _ = self.model.rssm.observe(*known)
+        state, feats = State(*(part[:, -1] for part in states)), [*states.feat.unbind(1)]
+        for t in range(context, batch.action.shape[1]):
+            state = self.model.rssm.imagine(state, batch.action[:, t])
+            feats.append(state.feat)
+        return self.model.decode(torch.stack(feats, 1))
+
+    def get_extra_state(self) -> dict:
+        """What torch adds to state_dict(): the optimisers. What else an update changes belongs here, for resume."""
+        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+
+    def set_extra_state(self, state: dict) -> None:
+        for name, optimizer_state in state.items():
+            self.optimizers[name].load_state_dict(optimizer_state)
+
+
+def normal_nll(mean: Tensor, x: Tensor) -> Tensor:
+    """-log N(x; mean, 1), the sum over all elements."""
+    return 0.5 * F.mse_loss(mean, x, reduction="sum") + 0.5 * math.log(2 * math.pi) * x.numel()
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Of S independent categoricals, nats. (..., S, K)  ->  (...)."""
+    log_probs = logits.log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum((-2, -1))
+
+
+# ==== Evaluation ====
+
+
+def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.ndarray]]:
+    """The actor's mode on filtered states, the same episodes and the same posterior draws every time. Returns score and
+    every return, frames of the first episode."""
+    agent.eval()
+    obs, returns, frames = pool.reset(EVAL_SEED + np.arange(pool.count)), np.zeros(pool.count), []  # DIFF 6
+    action, state = np.zeros((pool.count, agent.action_dim), np.float32), None
+    devices = [torch.cuda.current_device()] if args.device.startswith("cuda") else []
+    with torch.random.fork_rng(devices):  # how often one evaluates does not change the training's draws
+        torch.manual_seed(EVAL_SEED)
+        while not pool.done.all():
+            frames.append(obs[0].copy())  # a view would keep the frames of all episodes
+            images, last = (torch.from_numpy(array).to(args.device) for array in (obs, action))
+            chosen, state = agent.act(images, last, state)
+            action = chosen.cpu().numpy()
+            obs, reward, _ = pool.step(action)  # reward is 0 where the episode is over
+            returns += reward
+    agent.train()
+    return {"score": returns.mean() / 10, "return": returns.tolist()}, frames
+
+
+def evaluate_run(args: Args) -> None:
+    """--evaluate RUN: scores a finished run's weights on --eval-episodes episodes and writes a video."""
+    args, facts, weights = load_run(args)
+    pool = evaluation_pool(args, facts, 1)
+    agent = Agent(args, facts["action_dim"]).to(args.device)
+    agent.load_state_dict(weights)
+    metrics, frames = evaluate(agent, pool, args)
+    print(f"score {metrics['score']:.2f}, returns {np.round(metrics['return'], 1).tolist()}")
+    save_video(Path(args.evaluate) / "evaluation.mp4", frames)
+
+
+def main(args: Args) -> None:
+    if args.evaluate:
+        return evaluate_run(args)
+    dataset = open_dataset(args, size=64)  # 64 px if it is a standard set (made on the spot if missing)
+    if dataset.size != SIZE:
+        raise UserError(f"{dataset.path} has images of {dataset.size} px; the decoder gives {SIZE}")
+    if args.horizon < 2:
+        raise UserError(f"--horizon {args.horizon}: at least 2, the actor's first own reward is that of step 1")
+    epoch = dataset.num_transitions / (args.batch_size * args.window)  # updates in which as many rows are drawn
+    if args.model_from:
+        args.model_steps = 0
+    if args.model_steps is None:
+        args.model_steps = round(800 * epoch)  # DIFF 1
+    if args.agent_steps is None:
+        args.agent_steps = round(2400 * epoch)
+    run = start_run(args, dataset)  # folder, lock, config.json, copies of the code; seeds torch and NumPy
+    pool = evaluation_pool(args, dataset.facts(), 1)  # its workers neither import this file nor touch CUDA
+    buffer = SequenceBuffer(dataset, args.batch_size, args.window, args.seed, args.device, args.buffer_device)
+    agent = Agent(args, buffer.action_dim).to(args.device)
+    if args.model_from:
+        agent.model.load_state_dict(load_model(args, dataset, MODEL_FLAGS))
+    update_model, update_agent = (accelerate(agent, name, args) for name in ("update_model", "update_agent"))
+    step, embeds = run.load_checkpoint(agent=agent, buffer=buffer), None  # step: 0 for a new run
+    while step < args.steps:
+        phase = "model" if step < args.model_steps else "agent"
+        if phase == "model":
+            metrics = update_model(buffer.sample())
+        else:
+            if embeds is None:  # the second phase begins, or goes on in a new process
+                embeds = agent.embed_set(buffer)
+            batch = buffer.sample(images=False)
+            metrics = update_agent(batch, embeds[batch.row])
+            if (step + 1 - args.model_steps) % args.target_every == 0:
+                agent.update_target()
+        step += 1
+        if run.log_due(step):
+            run.log(phase, step, {name: value.item() for name, value in metrics.items()})  # the only .item()
+        if pool and phase == "agent" and run.eval_due(step):
+            metrics, frames = evaluate(agent, pool, args)
+            run.log("eval", step, metrics)
+            if step == args.steps:
+                save_video(run.path / "evaluation.mp4", frames)
+        if run.checkpoint_due(step):
+            run.save_checkpoint(step, agent=agent, buffer=buffer)
+
+
+if __name__ == "__main__":
+    main(parse_args(Args, TUNED, QUICK))
