@@ -141,15 +141,15 @@ class LastLayer(nn.Linear):
             return super().forward(x.float())
 
 
-def hidden_layers(inputs: int, units: int, count: int = 4) -> nn.Sequential:
+def hidden_layers(inputs: int, units: int, count: int) -> nn.Sequential:
     """(..., inputs) -> (..., units)."""
     layers = [layer for width in [inputs, *(count - 1) * [units]] for layer in (nn.Linear(width, units), nn.ELU(True))]
     return nn.Sequential(*layers)
 
 
-def mlp(inputs: int, units: int, outputs: int) -> nn.Sequential:
-    """Four hidden layers. (..., inputs) -> (..., outputs) float32."""
-    return nn.Sequential(hidden_layers(inputs, units), LastLayer(units, outputs))
+def mlp(inputs: int, units: int, outputs: int, count: int = 4) -> nn.Sequential:
+    """`count` hidden layers. (..., inputs) -> (..., outputs) float32."""
+    return nn.Sequential(hidden_layers(inputs, units, count), LastLayer(units, outputs))
 
 
 class Encoder(nn.Module):
@@ -207,7 +207,7 @@ class GRUCell(nn.Module):
 
 
 class Priors(nn.Module):
-    """The ensemble: N networks of two layers from the recurrent state to the logits of the stochastic one.
+    """The ensemble: N networks of two layers from the recurrent state to the distribution of the stochastic one.
 
     Their weights lie in one tensor each, so that those not drawn get zero gradients and decay, as in TensorFlow."""
 
@@ -222,8 +222,8 @@ class Priors(nn.Module):
                 nn.init.xavier_uniform_(member.data)
 
     def forward(self, deter: Tensor, member: Tensor | None = None) -> Tensor:
-        """deter (n, M, D), one member (n,) int64 each  ->  logits (n, M, S K) float32; None: deter (M, D) in all of
-        them  ->  (N, M, S K)."""
+        """deter (n, M, D), one member (n,) int64 each  ->  (n, M, outputs) float32; None: deter (M, D) in all of
+        them  ->  (N, M, outputs)."""
         w1, b1, w2, b2 = self.w1, self.b1, self.w2, self.b2
         if member is not None:
             w1, b1, w2, b2 = w1[member], b1[member], w2[member], b2[member]
@@ -232,7 +232,7 @@ class Priors(nn.Module):
 
 
 class State(NamedTuple):
-    """stoch (..., S K), one-hot per variable; deter (..., D)."""
+    """The latent state: what is drawn and flat, and what is recurrent. (..., *) and (..., D)."""
 
     stoch: Tensor
     deter: Tensor
@@ -360,7 +360,7 @@ class Actor(nn.Module):
 
     def __init__(self, feat_dim: int, action_dim: int, units: int):
         super().__init__()
-        self.hidden = hidden_layers(feat_dim, units)
+        self.hidden = hidden_layers(feat_dim, units, 4)
         self.loc, self.scale = LastLayer(units, action_dim), LastLayer(units, action_dim)
 
     def forward(self, feat: Tensor) -> TruncatedNormal:
@@ -437,13 +437,13 @@ def lambda_return(reward: Tensor, next_value: Tensor, gamma: float, td_lambda: f
 class Optimizer:
     """Adam as TensorFlow computes it, after a clip of the gradient's global norm and a decay that lr does not scale.
 
-    param = (1 - DECAY) param - lr_t m / (sqrt(v) + EPS),  lr_t = lr sqrt(1 - B2^t) / (1 - B1^t)
-    torch.optim.Adam divides v by 1 - B2^t before it adds EPS, which makes the first thousand steps longer."""
+    param = (1 - decay) param - lr_t m / (sqrt(v) + eps),  lr_t = lr sqrt(1 - B2^t) / (1 - B1^t)
+    torch.optim.Adam divides v by 1 - B2^t before it adds eps, which makes the first thousand steps longer."""
 
-    B1, B2, EPS, CLIP, DECAY = 0.9, 0.999, 1e-5, 100.0, 1e-6
+    B1, B2, CLIP = 0.9, 0.999, 100.0
 
-    def __init__(self, params, lr: float):
-        self.params, self.lr, self.state = list(params), lr, None
+    def __init__(self, params, lr: float, eps: float, decay: float):
+        self.params, self.lr, self.eps, self.decay, self.state = list(params), lr, eps, decay, None
 
     @torch.no_grad()
     def step(self) -> Tensor:
@@ -454,13 +454,13 @@ class Optimizer:
             self.state = {"count": count, "m": [*map(torch.zeros_like, params)], "v": [*map(torch.zeros_like, params)]}
         count, m, v = self.state.values()
         norm = nn.utils.clip_grad_norm_(params, self.CLIP)
-        torch._foreach_mul_(params, 1 - self.DECAY)
+        torch._foreach_mul_(params, 1 - self.decay)
         count += 1
         torch._foreach_lerp_(m, grads, 1 - self.B1)
         torch._foreach_mul_(v, self.B2)
         torch._foreach_addcmul_(v, grads, grads, 1 - self.B2)
         denominator = torch._foreach_sqrt(v)
-        torch._foreach_add_(denominator, self.EPS)
+        torch._foreach_add_(denominator, self.eps)
         torch._foreach_div_(denominator, self.lr * (1 - self.B2**count).sqrt() / (1 - self.B1**count))
         torch._foreach_addcdiv_(params, m, denominator, -1.0)
         return norm
@@ -489,7 +489,10 @@ class Agent(nn.Module):
         self.critic_target.load_state_dict(self.critic.state_dict())  # DIFF 3
         self.critic_target.requires_grad_(False)
         rates = {"model": args.model_lr, "actor": args.actor_lr, "critic": args.critic_lr}
-        self.optimizers = {name: Optimizer(getattr(self, name).parameters(), rate) for name, rate in rates.items()}
+        self.optimizers = {
+            name: Optimizer(getattr(self, name).parameters(), rate, eps=1e-5, decay=1e-6)
+            for name, rate in rates.items()
+        }
 
     def autocast(self):
         return torch.autocast(

@@ -2,26 +2,19 @@
 
 Small networks on real shapes of images (64 px, which the decoder fixes), one CPU thread."""
 
-import copy
 import functools
-import gc
-import json
 import math
-import signal
-import sys
-from pathlib import Path
 
 import numpy as np
 import offline_dv2 as dv2
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, write_set
+from conftest import write_set
 from scipy import integrate, stats
 from torch import nn
 
 import common
-from common import UserError
 
 FLAGS = {"cnn_depth": 2, "stoch": 4, "classes": 3, "deter": 8, "hidden": 10, "units": 12, "ensemble": 3}
 FLAGS |= {"batch_size": 2, "window": 5, "device": "cpu", "precision": "fp32", "accelerate": "eager"}
@@ -166,7 +159,7 @@ def test_the_optimiser_is_tensorflows(monkeypatch):
     scales = 1e-5, 1e-4, 300.0, 1.0  # the first two near epsilon, the third beyond the clip
     steps = [[(scale * rng.normal(size=shape)).astype(np.float32) for shape in shapes] for scale in scales]
     params = [nn.Parameter(torch.from_numpy(p.copy())) for p in start]
-    optimizer = dv2.Optimizer(params, 3e-2)
+    optimizer = dv2.Optimizer(params, 3e-2, eps=1e-5, decay=1e-6)
     for grads in steps:
         for p, g in zip(params, grads):
             p.grad = torch.from_numpy(g.copy())
@@ -185,7 +178,7 @@ def test_the_optimiser_is_tensorflows(monkeypatch):
 
 def test_decay_alone():
     p = nn.Parameter(torch.full((3,), 2.0, dtype=torch.float64))
-    optimizer = dv2.Optimizer([p], 1.0)
+    optimizer = dv2.Optimizer([p], 1.0, eps=1e-5, decay=1e-6)
     for _ in range(100):
         p.grad = torch.zeros_like(p)
         optimizer.step()
@@ -653,191 +646,7 @@ def test_compiled_losses_equal_eager_ones(phase):
         torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
 
 
-# ---- whole runs ----
-
-SMALL = ["--cnn-depth", 2, "--stoch", 4, "--classes", 3, "--deter", 8, "--hidden", 10, "--units", 12, "--ensemble", 3]
-SMALL += ["--batch-size", 2, "--window", 5, "--device", "cpu", "--log-every", 1, "--eval-every", 0]
-SMALL += ["--model-steps", 5, "--agent-steps", 5, "--target-every", 2]
-
-
-@pytest.fixture(scope="module")
-def own_set(tmp_path_factory) -> Path:
-    return write_set(tmp_path_factory.mktemp("own") / "robot", lengths=(12, 9), size=64)
-
-
-@pytest.fixture
-def train(monkeypatch, own_set, tmp_path):
-    """train(*flags) is the command line, here. Returns what ended it; crash=n: it dies before its n-th update."""
-    script = str(ROOT / "algos" / "offline_dv2.py")
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def call(*flags, crash=None, dataset=own_set):
-        words, number = [script, "--dataset", dataset, "--runs-dir", tmp_path / "runs", *SMALL, *flags], 0
-
-        def counted(original):
-            def update(self, *args):
-                nonlocal number
-                number += 1
-                if number == crash:
-                    raise KeyboardInterrupt
-                return original(self, *args)
-
-            return update
-
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", [str(word) for word in words])
-            patch.setattr(sys.modules["__main__"], "__file__", script, raising=False)
-            for name in ("update_model", "update_agent"):
-                patch.setattr(dv2.Agent, name, counted(getattr(dv2.Agent, name)))
-            try:
-                dv2.main(common.parse_args(dv2.Args, dv2.TUNED, dv2.QUICK))
-            except (SystemExit, UserError, KeyboardInterrupt) as error:
-                error.__context__ = None
-                return error.with_traceback(None)
-            finally:
-                for number_, handler in handlers.items():
-                    signal.signal(number_, handler)
-                gc.collect()
-
-    call.folder = lambda name="seed0": tmp_path / "runs" / "offline_dv2" / "own" / "robot" / name
-    return call
-
-
-def rows_of(run: Path, part: str) -> list[list[str]]:
-    """A metrics file without its wall clock."""
-    lines = [line.split(",") for line in (run / f"{part}.csv").read_text().splitlines()]
-    return [[line[0], *line[2:]] for line in lines]
-
-
-def weights_of(run: Path) -> dict:
-    loaded = torch.load(run / "weights.pt", weights_only=True)
-    return {name: value for name, value in loaded.items() if name != "_extra_state"}
-
-
-@pytest.mark.parametrize("crash", [3, 6, 8])  # in the first phase, at the second one's first update, in the second
-def test_a_killed_run_continues_bit_by_bit(train, crash):
-    assert train("--tag", "whole") is None
-    assert isinstance(train(crash=crash), KeyboardInterrupt)
-    checkpoints = sorted(path.name for path in train.folder().glob("checkpoint-*"))
-    assert checkpoints[-1] == f"checkpoint-{crash - 1:09d}"
-    assert train() is None
-    one, two = train.folder(), train.folder("whole-seed0")
-    for part in ("model", "agent"):
-        assert rows_of(one, part) == rows_of(two, part) and len(rows_of(one, part)) == 6
-    ours, theirs = weights_of(one), weights_of(two)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert json.loads((one / "finished.json").read_text())["steps"] == 10
-
-
-def test_steps_left_out_scale_with_the_set(train, own_set):
-    words = SMALL[: SMALL.index("--model-steps")]
-    assert train(*words, "--model-steps", 0, "--agent-steps", 1, "--tag", "a") is None
-    config = json.loads((train.folder("a-seed0") / "config.json").read_text())
-    assert config["args"]["model_steps"] == 0
-    epochs = {}
-
-    def started(args, dataset):
-        epochs.update(model=args.model_steps, agent=args.agent_steps, total=args.steps)
-        raise UserError("enough")
-
-    args = common.typed_args(dv2.Args, dv2.TUNED, dv2.QUICK, ["--dataset", str(own_set), "--batch-size", "2"])
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="enough"):
-        patch.setattr(dv2, "start_run", started)
-        dv2.main(args)
-    assert epochs == {"model": round(800 * 21 / 100), "agent": round(2400 * 21 / 100), "total": 168 + 504}
-
-
-def test_agent_steps_may_grow_and_model_steps_may_not(train):
-    assert isinstance(train(crash=8), KeyboardInterrupt)
-    error = train("--model-steps", 6)
-    assert isinstance(error, UserError) and "--model-steps 5 -> 6" in str(error)
-    assert train("--agent-steps", 6) is None
-    assert len(rows_of(train.folder(), "agent")) == 7
-
-
-def test_the_target_is_a_copy_every_so_often(train):
-    assert train("--agent-steps", 4) is None
-    found = weights_of(train.folder())
-    assert torch.equal(found["critic.1.weight"], found["critic_target.1.weight"])  # copied after updates 2 and 4
-    assert train("--agent-steps", 5, "--tag", "odd") is None
-    found = weights_of(train.folder("odd-seed0"))
-    assert not torch.equal(found["critic.1.weight"], found["critic_target.1.weight"])
-
-
-def test_the_second_phase_may_start_from_another_runs_model(train):
-    assert train("--agent-steps", 0, "--tag", "model") is None
-    donor = train.folder("model-seed0")
-    assert train("--model-from", donor, "--penalty-coef", 1) is None
-    ours, theirs = weights_of(train.folder()), weights_of(donor)
-    for name, value in theirs.items():
-        if name.startswith("model."):
-            assert torch.equal(ours[name], value)
-    assert not (train.folder() / "model.csv").exists() and len(rows_of(train.folder(), "agent")) == 6
-    assert isinstance(train("--tag", "unfinished", crash=8), KeyboardInterrupt)  # its second phase is under way
-    assert train("--model-from", train.folder("unfinished-seed0"), "--tag", "three") is None
-    assert isinstance(train("--tag", "early", crash=3), KeyboardInterrupt)
-    for flags, message in (
-        (["--model-from", train.folder("early-seed0")], "has not finished its first phase of 5 updates"),
-        (["--model-from", donor, "--deter", 9], "has --deter 8, here 9"),
-        (["--model-from", donor.parent], "there is no config.json"),
-    ):
-        error = train(*flags, "--tag", "bad")
-        assert isinstance(error, UserError) and message in str(error), error
-
-
-def test_bad_sets_and_flags_are_one_line(train, tmp_path):
-    small = write_set(tmp_path / "small", size=21)
-    for flags, dataset, message in (
-        ([], small, "has images of 21 px; the decoder gives 64"),
-        (["--window", 14], None, "its longest episode has 13 rows, --window 14 needs as many"),
-        (["--horizon", 1], None, "--horizon 1: at least 2"),
-        (["--ensemble", 0], None, "--ensemble 0: at least 1"),
-        (["--model-steps", -1], None, "--model-steps -1: at least 0"),
-    ):
-        error = train(*flags, **({"dataset": dataset} if dataset else {}))
-        assert isinstance(error, UserError) and message in str(error), error
-
-
-def test_a_loss_that_is_not_finite_is_named_and_the_checkpoint_kept(train, monkeypatch):
-    original = dv2.Agent.model_loss
-
-    def poisoned(self, batch):
-        loss, metrics = original(self, batch)
-        poisoned.calls += 1
-        return loss, metrics | ({"model/reward_loss": loss.detach() * math.nan} if poisoned.calls == 4 else {})
-
-    poisoned.calls = 0
-    monkeypatch.setattr(dv2.Agent, "model_loss", poisoned)
-    error = train()
-    assert isinstance(error, UserError) and "model/reward_loss is nan at step 4" in str(error)
-    assert "keeps checkpoint-" in str(error)
-
-
-def test_evaluation_draws_from_its_own_generator():
-    class Pool:
-        count, length = 3, 4
-
-        def reset(self, seeds):
-            self.t, self.done = 0, np.zeros(3, bool)
-            self.rng = np.random.default_rng(0)
-            return self.rng.integers(0, 256, (3, 3, 64, 64), np.uint8)
-
-        def step(self, actions):
-            assert actions.shape == (3, 2) and np.abs(actions).max() <= 1
-            self.t += 1
-            self.done[:] = self.t == self.length
-            return self.rng.integers(0, 256, (3, 3, 64, 64), np.uint8), np.ones(3) + actions[:, 0], None
-
-    agent = make_agent()
-    for parameter in agent.actor.parameters():
-        nn.init.normal_(parameter)
-    before = torch.get_rng_state()
-    results = [dv2.evaluate(agent, Pool(), agent.args) for _ in range(2)]
-    assert results[0][0] == results[1][0] and torch.equal(torch.get_rng_state(), before) and agent.training
-    assert len(results[0][1]) == 4 and results[0][1][0].shape == (3, 64, 64)
-    agent.args.eval_state_mode = True
-    assert dv2.evaluate(agent, Pool(), agent.args)[0] != results[0][0]
+# ---- evaluation ----
 
 
 def test_acting_is_filtering():
@@ -850,17 +659,3 @@ def test_acting_is_filtering():
         action, state = agent.act(batch.image[:, t], batch.action[:, t], state)
         torch.testing.assert_close(state.deter, states.deter[:, t])
         torch.testing.assert_close(action, agent.actor(states.feat[:, t]).loc)
-
-
-def test_graph_of_a_copy(monkeypatch):
-    """What a captured graph relies on: an update leaves every parameter's storage where it was."""
-    agent = make_agent()
-    batch = make_batch(agent)
-    places = [parameter.data_ptr() for parameter in agent.parameters()]
-    agent.update_model(batch)
-    agent.update_agent(batch, embed(agent, batch))
-    agent.update_target()
-    assert places == [parameter.data_ptr() for parameter in agent.parameters()]
-    twin = copy.deepcopy(agent.optimizers["model"].state_dict())
-    agent.optimizers["model"].load_state_dict(twin)
-    assert agent.optimizers["model"].state["count"] == 1

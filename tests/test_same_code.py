@@ -18,24 +18,33 @@ import common
 ROOT = Path(common.__file__).resolve().parent
 
 # name -> groups of files; the text is equal within a group and differs from group to group
-FREE, MODEL = {"bc", "drq_bc", "cql"}, {"offline_dv2"}  # model-free files, world models
+FREE, MODEL = {"bc", "drq_bc", "cql"}, {"offline_dv2", "lompo"}  # model-free files, world models
 VARIANTS = {
     # which networks there are, and which optimiser trains which: the algorithm itself
-    "Agent.__init__": [{"bc"}, {"drq_bc", "cql"}, {"offline_dv2"}],
-    # CQL adds the conservative term, and for it values 31 actions instead of one; the world model's is on lambda-returns
-    "Agent.critic_loss": [{"drq_bc"}, {"cql"}, {"offline_dv2"}],
+    "Agent.__init__": [{"bc"}, {"drq_bc", "cql"}, {"offline_dv2"}, {"lompo"}],
+    # CQL adds the conservative term and values 31 actions for it; Offline DV2's has lambda-returns
+    "Agent.critic_loss": [{"drq_bc"}, {"cql"}, {"offline_dv2"}, {"lompo"}],
     # BC trains its encoder through it, DrQ+BC gets an embedding without gradient and adds Q, CQL has Q alone
-    "Agent.actor_loss": [{"bc"}, {"drq_bc"}, {"cql"}, {"offline_dv2"}],
+    "Agent.actor_loss": [{"bc"}, {"drq_bc"}, {"cql"}, {"offline_dv2"}, {"lompo"}],
     # the order of one update: BC has one step, the others step critic, actor and target
     "Agent.update": [{"bc"}, {"drq_bc", "cql"}],
     # DrQ-v2's networks and initialisation on one side, DreamerV2's (Keras's) on the other
-    "init_weights": [FREE, MODEL],
-    "Encoder": [FREE, MODEL],
-    "Actor": [FREE, MODEL],
+    "Actor": [FREE, {"offline_dv2"}],
+    # LOMPO also has a GRU of Keras's to begin, and ReLU in its convolutions
+    "init_weights": [FREE, {"offline_dv2"}, {"lompo"}],
+    "Encoder": [FREE, {"offline_dv2"}, {"lompo"}],
+    "Decoder": [{"offline_dv2"}, {"lompo"}],
+    # categoricals with balanced KL, a LayerNorm GRU and deep heads; normals with a plain KL
+    "RSSM": [{"offline_dv2"}, {"lompo"}],
+    "WorldModel": [{"offline_dv2"}, {"lompo"}],
+    "Agent.model_loss": [{"offline_dv2"}, {"lompo"}],
+    "log_prob_std": [{"offline_dv2"}, {"lompo"}],
+    # imagination is within the update there, in a buffer here
+    "Agent.update_agent": [{"offline_dv2"}, {"lompo"}],
     # torch's Adam; TensorFlow's, which reports the norm it clips
     "Agent.minimize": [FREE, MODEL],
     # a stack of frames is the state; a filter carries it from image to image
-    "Agent.act": [FREE, MODEL],
+    "Agent.act": [FREE, {"offline_dv2"}, {"lompo"}],
     "evaluate": [FREE, MODEL],
     "evaluate_run": [FREE, MODEL],
 }
@@ -106,7 +115,7 @@ def problems(files: dict[str, str], variants: dict[str, list[set[str]]]) -> list
 
 def test_same_name_same_source_text():
     files = repository_files()
-    assert {"bc", "drq_bc", "cql", "offline_dv2"} <= files.keys()
+    assert {"bc", "drq_bc", "cql", "offline_dv2", "lompo"} <= files.keys()
     assert not problems(files, VARIANTS), "\n\n".join(problems(files, VARIANTS))
 
 

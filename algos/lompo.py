@@ -1,0 +1,762 @@
+"""LOMPO (arXiv:2012.11547): a variational world model, trained on the data and then frozen; an off-policy actor and
+critics on its latent states, half of them the data's, half imagined with a reward lowered by disagreement.
+
+    model   deter_t = GRU(deter_{t-1}, stoch_{t-1}, action_t);  stoch_t: diagonal normal, feat_t = (stoch_t, deter_t)
+            post_t = q(. | deter_t, image_t);  prior_t = p_k(. | deter_t), k drawn from 1..N once per time step
+            L = -log p(image | feat) - log p(reward | feat) + KL(post || prior)
+    penalty u = std_k log p_k(stoch' | deter')  of the state arrived at (Eq. 9 has the variance: --penalty log_prob_var)
+    agent   y = r~ + gamma discount min_j Q'_j(s', pi(s')),  r~ = reward (data), reward - penalty_coef * u (imagined)
+            L_Q = sum_j (Q_j(s, a) - y)^2,  L_pi = -min_j Q_j(s, pi(s)),  s = feat
+
+--penalty-coef 0 is LMBRL, the baseline of the LOMPO paper. The paper's text has SLAC's stochastic actor; the released
+one, and this one, is deterministic, with noise in the rollouts alone.
+Dims: B windows, T rows of a window, A action, E embedding, S stoch, D deter, F = S + D feat, N ensemble.
+Differs from the released code, as V-D4RL's fork has it (marked DIFF n where it happens):
+  DIFF 1: each state has latent noise of its own; theirs draws one vector for a whole batch (--shared-noise).
+  DIFF 2: a window's first action is masked, and its last row can be drawn; theirs neither (--no-mask-first-action).
+  DIFF 3: 25,000 and 150,000 updates are for 100,000 transitions and scale with the set, and so does the first fill of
+          the imagined ring, half of it; theirs 50,000 transitions whatever the set.
+  DIFF 4: the critics' targets start as their copies; theirs as other networks, crossed.
+  DIFF 5: the encoder is frozen and deterministic in the second phase, so the set is embedded once: the same numbers.
+  DIFF 6: --precision auto is bf16 autocast where the hardware has it; theirs fp32.
+  DIFF 7: an evaluation is ten seeded episodes; theirs is one, unseeded.
+Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside, or one above
+from common import (  # noqa: E402
+    EVAL_SEED,
+    Dataset,
+    EnvPool,
+    SequenceBuffer,
+    Sequences,
+    UserError,
+    accelerate,
+    evaluation_pool,
+    load_model,
+    load_run,
+    open_dataset,
+    parse_args,
+    save_video,
+    start_run,
+)
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass
+class Args:
+    task: str = "cheetah-run"  # dm_control domain-task
+    dataset: str = "random"  # random, mixed, medium, medexp, expert, or the path of a set you made
+    source: Literal["made", "vd4rl"] = "made"  # made: rendered here; vd4rl: the imported official set
+    data_dir: str | None = None  # where sets are; None: $CLEANPIXELS_DATA, else datasets/ beside common.py
+    transitions: int | None = None  # a smaller made set of so many transitions
+    data_seed: int = 0  # seed of a made set
+    seed: int = 0  # of weights, sampling and imagination; evaluation has seeds of its own
+    tag: str = ""  # tells apart runs of the same task, set and seed with other flags
+    runs_dir: str | None = None  # where run folders are; None: runs/ beside common.py
+    overwrite: bool = False  # start anew in a folder that holds a run; without it the same command continues
+    quick: bool = False  # QUICK below: shows learning on two CPU cores; no benchmark row
+    evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
+    model_from: str | None = None  # a run's folder: take its world model and begin with the second phase
+    model_steps: int | None = None  # gradient updates of the world model; None: 25,000 for 100,000 transitions (DIFF 3)
+    agent_steps: int | None = None  # gradient updates of the agent; None: 150,000 for 100,000 (DIFF 3)
+    batch_size: int = 64  # windows
+    window: int = 50  # rows per window
+    model_lr: float = 6e-4  # Adam
+    actor_lr: float = 3e-4
+    critic_lr: float = 3e-4
+    cnn_depth: int = 32  # channels of the first convolution, doubled by each of the next three
+    stoch: int = 64  # normal variables
+    deter: int = 256  # width of the recurrent state
+    hidden: int = 256  # width of the layers beside it
+    ensemble: int = 7  # priors
+    units: int = 256  # width of the hidden layers of reward head, actor and critics
+    mask_first_action: bool = True  # a window's first action, whose cause it cannot know, is zero (DIFF 2)
+    penalty: Literal["log_prob_std", "log_prob_var", "mean_distance", "max_std", "none"] = (
+        "log_prob_std"  # the released code's; log_prob_var: the paper's
+    )
+    penalty_coef: float = 5.0  # lambda of Eq. 8; 1 for random sets; 0: LMBRL
+    reward_avg: bool = False  # imagined reward: mean over every member's own draw (Eq. 9); default: of the one drawn
+    horizon: int = 5  # steps of a rollout
+    rollout_noise: float = 0.2  # std of the noise on a rollout's actions
+    rollout_every: int = 200  # agent updates between rollouts; also one episode's states are drawn anew
+    starts: Literal["window", "episode"] = "window"  # rollouts begin in windows filtered from zero, or in real states
+    shared_noise: bool = False  # one vector of latent noise for a whole batch, as theirs (DIFF 1)
+    agent_batch_size: int = 512  # transitions, half real and half imagined
+    gamma: float = 0.99  # discount per control step
+    tau: float = 0.005  # Polyak rate of the target critics, per update
+    eval_state_mode: bool = False  # evaluate on the posterior's mean; default: drawn, as theirs
+    eval_every: int | None = None  # gradient updates; None: a twentieth of the run, second phase; 0: no environment
+    eval_episodes: int = 10  # per evaluation
+    log_every: int = 100  # gradient updates
+    device: str = "auto"  # auto: cuda if there is one, else cpu
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the hardware has it (DIFF 6)
+    accelerate: Literal["auto", "eager", "compile", "graph"] = "auto"  # same mathematics; auto: eager for now
+    buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the frames are; auto: on the GPU if they fit
+
+    @property
+    def steps(self) -> int:
+        """Gradient updates of both phases: one counter runs over both."""
+        return self.model_steps + self.agent_steps
+
+
+TASKS, SETS = ("walker-walk", "cheetah-run"), ("random", "mixed", "medium", "medexp", "expert")
+TUNED = {(task, name): {"penalty_coef": 1.0 if name == "random" else 5.0} for task in TASKS for name in SETS}
+QUICK = {"transitions": 30_000, "batch_size": 16, "window": 25, "model_steps": 1_800, "agent_steps": 4_000,
+         "eval_every": 400, "cnn_depth": 16, "ensemble": 5, "penalty_coef": 1.0}  # fmt: skip
+
+SIZE = 64  # pixels per side: what the decoder's kernels give
+MODEL_FLAGS = ("cnn_depth", "stoch", "deter", "hidden", "ensemble", "units")  # sizes of its networks
+
+
+# ==== Networks ====
+
+
+def init_weights(module: nn.Module) -> None:
+    """Keras's defaults: Glorot-uniform weights, orthogonal from a recurrent state, zero biases."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.GRUCell):
+        nn.init.xavier_uniform_(module.weight_ih)
+        nn.init.orthogonal_(module.weight_hh)
+        nn.init.zeros_(module.bias_ih)
+        nn.init.zeros_(module.bias_hh)
+
+
+class LastLayer(nn.Linear):
+    """Linear, in float32 also under autocast: bf16 would round an action to 0.004 and a value of 100 to 0.5.
+
+    Every head that gives an action or a value ends in one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+def hidden_layers(inputs: int, units: int, count: int) -> nn.Sequential:
+    """(..., inputs) -> (..., units)."""
+    layers = [layer for width in [inputs, *(count - 1) * [units]] for layer in (nn.Linear(width, units), nn.ELU(True))]
+    return nn.Sequential(*layers)
+
+
+def mlp(inputs: int, units: int, outputs: int, count: int = 4) -> nn.Sequential:
+    """`count` hidden layers. (..., inputs) -> (..., outputs) float32."""
+    return nn.Sequential(hidden_layers(inputs, units, count), LastLayer(units, outputs))
+
+
+class Encoder(nn.Module):
+    """Frames to embeddings. image (M, 3, 64, 64) float32 in [-0.5, 0.5]  ->  embed (M, E); depth 32: E = 1024."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        widths = [3, depth, 2 * depth, 4 * depth, 8 * depth]
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2) for a, b in zip(widths, widths[1:]))
+        self.embed_dim = 8 * depth * 2 * 2  # 64 -> 31 -> 14 -> 6 -> 2
+
+    def forward(self, image: Tensor) -> Tensor:
+        for conv in self.convs:
+            image = F.relu_(conv(image))
+        return image.flatten(1)
+
+
+class Decoder(nn.Module):
+    """Mean of a unit normal per pixel. feat (M, F)  ->  image (M, 3, 64, 64), in the scale of the encoder's input."""
+
+    def __init__(self, feat_dim: int, depth: int):
+        super().__init__()
+        widths = [32 * depth, 4 * depth, 2 * depth, depth, 3]
+        self.linear = nn.Linear(feat_dim, widths[0])
+        self.convs = nn.ModuleList(  # 1 -> 5 -> 13 -> 30 -> 64
+            nn.ConvTranspose2d(a, b, kernel, stride=2) for a, b, kernel in zip(widths, widths[1:], (5, 5, 6, 6))
+        )
+
+    def forward(self, feat: Tensor) -> Tensor:
+        first, *others = self.convs
+        image = self.linear(feat) @ first.weight.flatten(1)  # of one pixel: a matrix product, 20 times as fast so
+        image = image.unflatten(1, first.weight.shape[1:]).contiguous(memory_format=torch.channels_last)
+        image = image + first.bias[:, None, None].to(image.dtype)
+        for conv in others:  # the bias apart: inside, one of these layers takes three times as long on a CPU
+            image = F.conv_transpose2d(F.relu_(image), conv.weight, stride=2)
+            image = image + conv.bias[:, None, None].to(image.dtype)
+        return image
+
+
+class Priors(nn.Module):
+    """The ensemble: N networks of two layers from the recurrent state to the distribution of the stochastic one.
+
+    Their weights lie in one tensor each, so that those not drawn get zero gradients and decay, as in TensorFlow."""
+
+    def __init__(self, ensemble: int, deter: int, hidden: int, outputs: int):
+        super().__init__()
+        self.w1, self.w2 = (
+            nn.Parameter(torch.empty(ensemble, *shape)) for shape in ((deter, hidden), (hidden, outputs))
+        )
+        self.b1, self.b2 = (nn.Parameter(torch.zeros(ensemble, 1, width)) for width in (hidden, outputs))
+        for weight in (self.w1, self.w2):
+            for member in weight:
+                nn.init.xavier_uniform_(member.data)
+
+    def forward(self, deter: Tensor, member: Tensor | None = None) -> Tensor:
+        """deter (n, M, D), one member (n,) int64 each  ->  (n, M, outputs) float32; None: deter (M, D) in all of
+        them  ->  (N, M, outputs)."""
+        w1, b1, w2, b2 = self.w1, self.b1, self.w2, self.b2
+        if member is not None:
+            w1, b1, w2, b2 = w1[member], b1[member], w2[member], b2[member]
+        x = F.elu_(torch.matmul(deter, w1) + b1)
+        return (torch.matmul(x, w2) + b2).float()
+
+
+class Normal(NamedTuple):
+    """Independent normals, mean and std (..., S) float32."""
+
+    mean: Tensor
+    std: Tensor
+
+    @staticmethod
+    def of(raw: Tensor) -> "Normal":
+        """raw (..., 2 S) -> a std above 0.1."""
+        mean, std = raw.float().chunk(2, -1)
+        return Normal(mean, F.softplus(std) + 0.1)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Nats, summed over variables. x (..., S)  ->  (...)."""
+        return (-0.5 * ((x - self.mean) / self.std).square() - self.std.log() - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+    def kl(self, other: "Normal") -> Tensor:
+        """KL(self || other), nats, summed over variables. -> (...)."""
+        ratio, distance = (self.std / other.std).square(), ((self.mean - other.mean) / other.std).square()
+        return 0.5 * (ratio + distance - 1 - ratio.log()).sum(-1)
+
+
+class State(NamedTuple):
+    """The latent state: what is drawn and flat, and what is recurrent. (..., *) and (..., D)."""
+
+    stoch: Tensor
+    deter: Tensor
+
+    @property
+    def feat(self) -> Tensor:
+        return torch.cat(self, -1)
+
+
+class RSSM(nn.Module):
+    """Recurrent state-space model: the dynamics of the latent state, and its posterior given images."""
+
+    def __init__(self, embed_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.args = args
+        self.img_in = nn.Linear(args.stoch + action_dim, args.hidden)
+        self.gru = nn.GRUCell(args.hidden, args.deter)  # Keras's with reset_after is the same function
+        self.priors = Priors(args.ensemble, args.deter, args.hidden, 2 * args.stoch)
+        self.post_in = nn.Linear(args.deter + embed_dim, args.hidden)
+        self.post_out = nn.Linear(args.hidden, 2 * args.stoch)
+
+    def initial(self, count: int) -> State:
+        zeros = self.img_in.weight.new_zeros
+        return State(zeros(count, self.args.stoch), zeros(count, self.args.deter))
+
+    def draw_members(self, count: int) -> Tensor:
+        """One prior per time step, shared by the batch, drawn on the device. -> (count,) int64."""
+        return torch.randint(self.args.ensemble, (count,), device=self.img_in.weight.device)
+
+    def sample(self, normal: Normal, mode: bool = False) -> Tensor:
+        """A draw, or the mean. (M, S) -> (M, S)."""
+        if mode:
+            return normal.mean
+        like = normal.mean[:1] if self.args.shared_noise else normal.mean  # DIFF 1
+        return normal.mean + normal.std * torch.randn_like(like)
+
+    def recur(self, state: State, action: Tensor) -> Tensor:
+        """The next recurrent state. action (M, A) leads to it. -> deter (M, D)."""
+        x = F.elu_(self.img_in(torch.cat([state.stoch, action], -1)))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.gru(x.float(), state.deter)
+
+    def observe(self, embed: Tensor, action: Tensor, is_first: Tensor, state: State | None = None, mode: bool = False):
+        """Filters windows. embed (B, T, E), action (B, T, A), is_first (B, T)
+        ->  states (B, T, ...), posterior (B, T, S).
+
+        row        t-1                 t                 action[t] led to image[t]
+        state      s[t-1] --action[t]--> deter[t] --embed[t]--> stoch[t]
+        is_first[t] makes s[t-1] and action[t] zero: what was before is unknown."""
+        state = state or self.initial(len(embed))
+        keep = 1 - is_first[..., None].float()
+        action = action * keep
+        from_deter, from_embed = self.post_in.weight.split([self.args.deter, embed.shape[-1]], 1)
+        embedded = F.linear(embed, from_embed, self.post_in.bias)  # the image's half of the layer, for all rows at once
+        states, posts = [], []
+        for t in range(embed.shape[1]):
+            deter = self.recur(State(*(part * keep[:, t] for part in state)), action[:, t])
+            post = Normal.of(self.post_out(F.elu_(F.linear(deter, from_deter) + embedded[:, t])))
+            state = State(self.sample(post, mode), deter)
+            states.append(state)
+            posts.append(post)
+        states, posts = ((torch.stack(parts, 1) for parts in zip(*found)) for found in (states, posts))
+        return State(*states), Normal(*posts)
+
+    def imagine(self, state: State, action: Tensor) -> State:
+        """One step under a prior drawn for the whole batch. state (M, ...), action (M, A)."""
+        deter = self.recur(state, action)
+        return State(self.sample(Normal.of(self.priors(deter[None], self.draw_members(1))[0])), deter)
+
+
+class WorldModel(nn.Module):
+    """Encoder, RSSM, decoder, reward head."""
+
+    def __init__(self, args: Args, action_dim: int):
+        super().__init__()
+        self.encoder = Encoder(args.cnn_depth)
+        self.rssm = RSSM(self.encoder.embed_dim, action_dim, args)
+        self.feat_dim = args.stoch + args.deter
+        self.decoder = Decoder(self.feat_dim, args.cnn_depth)
+        self.reward = mlp(self.feat_dim, args.units, 1, count=2)  # mean of a unit normal
+
+    def embed(self, image: Tensor) -> Tensor:
+        """image (..., 3, 64, 64) uint8  ->  (..., E)."""
+        return self.encoder(scale_pixels(image.flatten(0, -4))).unflatten(0, image.shape[:-3])
+
+    def decode(self, feat: Tensor) -> Tensor:
+        """feat (..., F)  ->  image (..., 3, 64, 64) float32 in about [-0.5, 0.5]."""
+        return self.decoder(feat.flatten(0, -2)).float().unflatten(0, feat.shape[:-1])
+
+
+# ==== Penalties ====
+# every member's prior (N, M, S) of the state arrived at, stoch (M, S)  ->  (M,)
+
+
+def log_prob_std(priors: Normal, stoch: Tensor) -> Tensor:
+    """Deviation over the members of the state's log-likelihood."""
+    return priors.log_prob(stoch).std(0, correction=0)
+
+
+def log_prob_var(priors: Normal, stoch: Tensor) -> Tensor:
+    """Its variance, as the paper has it; hundreds where there are 64 variables."""
+    return priors.log_prob(stoch).var(0, correction=0)
+
+
+def mean_distance(priors: Normal, stoch: Tensor) -> Tensor:
+    """Mean distance of the members' means from their mean."""
+    return torch.linalg.vector_norm(priors.mean - priors.mean.mean(0), dim=-1).mean(0)
+
+
+def max_std(priors: Normal, stoch: Tensor) -> Tensor:
+    """The largest norm of a member's standard deviations."""
+    return torch.linalg.vector_norm(priors.std, dim=-1).amax(0)
+
+
+PENALTY = {
+    "log_prob_std": log_prob_std, "log_prob_var": log_prob_var, "mean_distance": mean_distance, "max_std": max_std,
+}  # fmt: skip
+
+
+# ==== Agent ====
+
+
+def scale_pixels(obs: Tensor) -> Tensor:
+    """(B, C, S, S) uint8 in 0..255 -> float32 in [-0.5, 0.5], in memory as the convolutions read it."""
+    assert obs.dtype == torch.uint8  # floats would be scaled in place, perhaps twice
+    return obs.to(torch.float32, memory_format=torch.channels_last).div_(255).sub_(0.5)
+
+
+class Optimizer:
+    """Adam as TensorFlow computes it, after a clip of the gradient's global norm and a decay that lr does not scale.
+
+    param = (1 - decay) param - lr_t m / (sqrt(v) + eps),  lr_t = lr sqrt(1 - B2^t) / (1 - B1^t)
+    torch.optim.Adam divides v by 1 - B2^t before it adds eps, which makes the first thousand steps longer."""
+
+    B1, B2, CLIP = 0.9, 0.999, 100.0
+
+    def __init__(self, params, lr: float, eps: float, decay: float):
+        self.params, self.lr, self.eps, self.decay, self.state = list(params), lr, eps, decay, None
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Returns the gradient's norm before the clip, ()."""
+        params, grads = self.params, [p.grad for p in self.params]
+        if self.state is None:
+            count = torch.zeros((), device=params[0].device)
+            self.state = {"count": count, "m": [*map(torch.zeros_like, params)], "v": [*map(torch.zeros_like, params)]}
+        count, m, v = self.state.values()
+        norm = nn.utils.clip_grad_norm_(params, self.CLIP)
+        torch._foreach_mul_(params, 1 - self.decay)
+        count += 1
+        torch._foreach_lerp_(m, grads, 1 - self.B1)
+        torch._foreach_mul_(v, self.B2)
+        torch._foreach_addcmul_(v, grads, grads, 1 - self.B2)
+        denominator = torch._foreach_sqrt(v)
+        torch._foreach_add_(denominator, self.eps)
+        torch._foreach_div_(denominator, self.lr * (1 - self.B2**count).sqrt() / (1 - self.B1**count))
+        torch._foreach_addcdiv_(params, m, denominator, -1.0)
+        return norm
+
+    def state_dict(self) -> dict:
+        return self.state or {}
+
+    def load_state_dict(self, state: dict) -> None:
+        move = lambda value: value.to(self.params[0].device)  # noqa: E731
+        self.state = {name: [*map(move, x)] if isinstance(x, list) else move(x) for name, x in state.items()} or None
+
+
+class Transitions(NamedTuple):
+    """feat, next_feat (M, F); action (M, A); reward, penalty, discount (M,). The first half is real, of penalty 0."""
+
+    feat: Tensor
+    action: Tensor
+    reward: Tensor
+    penalty: Tensor
+    discount: Tensor
+    next_feat: Tensor
+
+
+class LatentBuffer:
+    """Latent states of every row of the set, and a ring of as many imagined transitions as the set has."""
+
+    def __init__(self, dataset: Dataset, buffer: SequenceBuffer, feat_dim: int):
+        device, (first, lengths, _) = buffer.device, dataset.rows()
+        self.buffer, self.device = buffer, device
+        self.first, self.lengths = torch.from_numpy(first), torch.from_numpy(lengths)  # of each episode, in rows
+        starts = torch.ones(buffer.num_rows, dtype=torch.bool)
+        starts[self.first + self.lengths - 1] = False  # an episode's last row leads nowhere
+        self.starts = starts.nonzero().flatten().to(device)
+        self.real = torch.zeros(buffer.num_rows, feat_dim, device=device)
+        widths = {"feat": (feat_dim,), "action": (buffer.action_dim,), "reward": (), "penalty": (), "discount": ()}
+        widths["next_feat"] = (feat_dim,)
+        self.ring = {name: torch.zeros(len(self.starts), *width, device=device) for name, width in widths.items()}
+        self.written = self.refreshed = 0  # transitions imagined, episodes drawn anew, so far
+
+    def episode_rows(self, episodes: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows (n, T) of episodes (n,), the last one repeated where an episode is shorter, and which ones count."""
+        t, lengths = torch.arange(self.lengths[episodes].max()), self.lengths[episodes][:, None]
+        return self.first[episodes][:, None] + torch.minimum(t, lengths - 1), t < lengths
+
+    def add(self, imagined: Transitions) -> None:
+        size, count = len(self.starts), len(imagined.reward)
+        place = torch.arange(self.written, self.written + count, device=self.device)[-size:] % size
+        for name, value in imagined._asdict().items():
+            self.ring[name][place] = value[-size:]
+        self.written += count
+
+    def sample(self, count: int) -> Transitions:
+        """Half real, half imagined, each uniform with replacement."""
+        row = self.starts[torch.randint(len(self.starts), (count // 2,), device=self.device)]
+        filled = min(self.written, len(self.starts))
+        place = torch.randint(filled, (count - count // 2,), device=self.device)
+        real = Transitions(self.real[row], self.buffer.action[row + 1], self.buffer.reward[row + 1],
+                           torch.zeros(len(row), device=self.device), self.buffer.discount[row + 1],
+                           self.real[row + 1])  # fmt: skip
+        imagined = Transitions(*(self.ring[name][place] for name in Transitions._fields))
+        return Transitions(*(torch.cat(pair) for pair in zip(real, imagined)))
+
+    def state_dict(self) -> dict:
+        return {"real": self.real, "ring": self.ring, "written": self.written, "refreshed": self.refreshed}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.real.copy_(state["real"])
+        for name, value in state["ring"].items():
+            self.ring[name].copy_(value)
+        self.written, self.refreshed = state["written"], state["refreshed"]
+
+
+class Agent(nn.Module):
+    """World model, actor, twin critics and their targets."""
+
+    LOSSES = ("model_loss", "critic_loss", "actor_loss")  # what --accelerate compile compiles
+
+    def __init__(self, args: Args, action_dim: int):
+        super().__init__()
+        self.args, self.action_dim = args, action_dim
+        self.model = WorldModel(args, action_dim)
+        feat_dim = self.model.feat_dim
+        self.actor = nn.Sequential(mlp(feat_dim, args.units, action_dim), nn.Tanh())  # deterministic
+        self.critic, self.critic_target = (
+            nn.ModuleList(mlp(feat_dim + action_dim, args.units, 1, count=3) for _ in range(2)) for _ in range(2)
+        )
+        self.apply(init_weights)
+        self.model.to(memory_format=torch.channels_last)  # faster convolutions, same numbers up to rounding
+        self.critic_target.load_state_dict(self.critic.state_dict())  # DIFF 4
+        self.critic_target.requires_grad_(False)
+        rates = {"model": args.model_lr, "actor": args.actor_lr, "critic": args.critic_lr}
+        self.optimizers = {
+            name: Optimizer(getattr(self, name).parameters(), rate, eps=1e-7, decay=0.0) for name, rate in rates.items()
+        }
+
+    def autocast(self):
+        return torch.autocast(
+            torch.device(self.args.device).type, torch.bfloat16, enabled=self.args.precision == "bf16"
+        )
+
+    # ---- first phase ----
+
+    def model_loss(self, batch: Sequences) -> tuple[Tensor, Metrics]:
+        """Negative evidence bound of windows, see the head of this file."""
+        rssm = self.model.rssm
+        pixels = scale_pixels(batch.image.flatten(0, 1))  # (B T, 3, 64, 64)
+        embed = self.model.encoder(pixels).unflatten(0, batch.reward.shape)
+        states, post = rssm.observe(embed, batch.action, batch.is_first)
+        # the prior's draw feeds nothing while filtering, so only the drawn member is evaluated, all rows at once
+        member = rssm.draw_members(self.args.window)
+        prior = Normal.of(rssm.priors(states.deter.transpose(0, 1), member).transpose(0, 1))
+        kl = post.kl(prior).mean()  # neither balanced nor free: both sides learn from it
+        feat = states.feat
+        image = self.model.decoder(feat.flatten(0, 1)).float()
+        assert image.shape == pixels.shape
+        image_loss = normal_nll(image, pixels) / len(pixels)  # a sum over pixels, a mean over rows: 11,291.9 at best
+        reward = self.model.reward(feat).squeeze(-1)  # of a window's first row too, which knows no past
+        assert reward.shape == batch.reward.shape  # (B, T)
+        reward_loss = normal_nll(reward, batch.reward) / reward.numel()
+        loss = image_loss + reward_loss + kl
+        metrics = {"loss": loss, "image_loss": image_loss, "reward_loss": reward_loss, "kl": kl}
+        metrics |= {"post_std": post.std.mean(), "prior_std": prior.std.mean()}
+        return loss, {f"model/{name}": value.detach() for name, value in metrics.items()}
+
+    def update_model(self, batch: Sequences) -> Metrics:
+        """One gradient step of the world model."""
+        with self.autocast():
+            loss, metrics = self.model_loss(batch)
+        return metrics | {"model/grad_norm": self.minimize("model", loss)}
+
+    # ---- second phase: the model is frozen ----
+
+    @torch.no_grad()
+    def embed_set(self, buffer: SequenceBuffer, rows: int = 1024) -> Tensor:
+        """Embeddings of every row of the set, in the encoder's output precision. -> (rows of the set, E) (DIFF 5)."""
+        with self.autocast():
+            parts = [
+                self.model.embed(buffer.frames.gather(index.to(buffer.frames.images[0].device)))
+                for index in torch.arange(buffer.num_rows).split(rows)
+            ]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def encode(self, latent: LatentBuffer, embeds: Tensor, episodes: Tensor) -> None:
+        """Draws the states of whole episodes (n,), filtered from their first row, into `latent`."""
+        rows, real = latent.episode_rows(episodes)
+        rows, real = rows.to(latent.device), real.to(latent.device)
+        buffer = latent.buffer
+        with self.autocast():
+            states, _ = self.model.rssm.observe(embeds[rows], buffer.action[rows], buffer.is_first[rows])
+        latent.real[rows[real]] = states.feat[real]
+
+    @torch.no_grad()
+    def rollout(self, latent: LatentBuffer, batch: Sequences, embed: Tensor) -> Transitions:
+        """Imagined transitions from every state of a batch of windows: H B T of them."""
+        args, rssm = self.args, self.model.rssm
+        found = []
+        with self.autocast():
+            if args.starts == "window":  # filtered from nothing, theirs
+                states, _ = rssm.observe(embed, batch.action, batch.is_first)
+                state = State(*(part.flatten(0, 1) for part in states))
+            else:  # from the episode's beginning
+                state = State(*latent.real[batch.row].flatten(0, 1).split([args.stoch, args.deter], -1))
+            for _ in range(args.horizon):
+                noise = args.rollout_noise * torch.randn(len(state.deter), self.action_dim, device=embed.device)
+                action = (self.actor(state.feat) + noise).clamp(-1, 1)
+                deter = rssm.recur(state, action)
+                priors = Normal.of(rssm.priors(deter))  # (N, M, S)
+                member = rssm.draw_members(1)
+                stoch = rssm.sample(Normal(*(part[member].squeeze(0) for part in priors)))
+                following = State(stoch, deter)
+                reward = self.model.reward(following.feat).squeeze(-1)
+                if args.reward_avg:
+                    draws = [State(rssm.sample(Normal(*parts)), deter) for parts in zip(*priors)]
+                    reward = torch.stack([self.model.reward(draw.feat).squeeze(-1) for draw in draws]).mean(0)
+                penalty = torch.zeros_like(reward) if args.penalty == "none" else PENALTY[args.penalty](priors, stoch)
+                found.append((state.feat, action, reward, penalty, torch.ones_like(reward), following.feat))
+                state = following
+        return Transitions(*(torch.cat(parts).float() for parts in zip(*found)))
+
+    def critic_loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
+        """TD error of both critics, penalised rewards."""
+        args = self.args
+        reward = batch.reward - args.penalty_coef * batch.penalty
+        with torch.no_grad():
+            pair = torch.cat([batch.next_feat, self.actor(batch.next_feat)], -1)
+            next_q = torch.minimum(*(critic(pair).squeeze(-1) for critic in self.critic_target))
+            target_q = reward + args.gamma * batch.discount * next_q  # discount: 0 at terminal, not timeout
+        q1, q2 = (critic(torch.cat([batch.feat, batch.action], -1)).squeeze(-1) for critic in self.critic)
+        assert q1.shape == target_q.shape == batch.reward.shape  # (M,)
+        loss = F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
+        imagined = slice(len(reward) // 2, None)
+        metrics = {"critic/loss": loss, "critic/q": q1.mean(), "imag/reward": batch.reward[imagined].mean()}
+        metrics |= {"imag/penalty": batch.penalty[imagined].mean(), "imag/penalty_std": batch.penalty[imagined].std()}
+        return loss, {name: value.detach() for name, value in metrics.items()}
+
+    def actor_loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
+        """Minus the value of the actor's own action."""
+        pair = torch.cat([batch.feat, self.actor(batch.feat)], -1)
+        loss = -torch.minimum(*(critic(pair) for critic in self.critic)).mean()
+        return loss, {"actor/loss": loss.detach()}
+
+    def update_agent(self, batch: Transitions) -> Metrics:
+        """One gradient step of critics and actor, both at the old critics, one Polyak step of the targets."""
+        with self.autocast():
+            critic_loss, critic_metrics = self.critic_loss(batch)
+            actor_loss, actor_metrics = self.actor_loss(batch)
+        actor_norm = self.minimize("actor", actor_loss)
+        critic_norm = self.minimize("critic", critic_loss)
+        with torch.no_grad():
+            torch._foreach_lerp_([*self.critic_target.parameters()], [*self.critic.parameters()], self.args.tau)
+        return actor_metrics | critic_metrics | {"actor/grad_norm": actor_norm, "critic/grad_norm": critic_norm}
+
+    # ---- both ----
+
+    def minimize(self, name: str, loss: Tensor) -> Tensor:
+        """One step of an optimiser on its own parameters; no gradient is computed for others. -> its norm ()."""
+        optimizer = self.optimizers[name]
+        for parameter in optimizer.params:
+            parameter.grad = None
+        loss.backward(inputs=optimizer.params)
+        return optimizer.step()
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, action: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """The actor's action, and the filter's next state. obs (B, 3, 64, 64) uint8, arrived at by action (B, A);
+        state: what the last call returned, None at an episode's first image."""
+        first = torch.full((len(obs), 1), state is None, device=obs.device)
+        embed = self.model.embed(obs)[:, None]
+        states, _ = self.model.rssm.observe(embed, action[:, None], first, state, self.args.eval_state_mode)
+        state = State(*(part[:, 0] for part in states))
+        return self.actor(state.feat), state
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Sequences) -> Tensor:
+        """What the decoder makes of the filtered states. -> (B, T, 3, 64, 64) in about [-0.5, 0.5]."""
+        states, _ = self.model.rssm.observe(self.model.embed(batch.image), batch.action, batch.is_first)
+        return self.model.decode(states.feat)
+
+    @torch.no_grad()
+    def open_loop(self, batch: Sequences, context: int = 5) -> Tensor:
+        """The same for the first `context` rows; after them only the actions are known. -> (B, T, 3, 64, 64)."""
+        known = (part[:, :context] for part in (self.model.embed(batch.image), batch.action, batch.is_first))
+        states, _ = self.model.rssm.observe(*known)
+        state, feats = State(*(part[:, -1] for part in states)), [*states.feat.unbind(1)]
+        for t in range(context, batch.action.shape[1]):
+            state = self.model.rssm.imagine(state, batch.action[:, t])
+            feats.append(state.feat)
+        return self.model.decode(torch.stack(feats, 1))
+
+    def get_extra_state(self) -> dict:
+        """What torch adds to state_dict(): the optimisers. What else an update changes belongs here, for resume."""
+        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+
+    def set_extra_state(self, state: dict) -> None:
+        for name, optimizer_state in state.items():
+            self.optimizers[name].load_state_dict(optimizer_state)
+
+
+def normal_nll(mean: Tensor, x: Tensor) -> Tensor:
+    """-log N(x; mean, 1), the sum over all elements."""
+    return 0.5 * F.mse_loss(mean, x, reduction="sum") + 0.5 * math.log(2 * math.pi) * x.numel()
+
+
+def generate(agent: Agent, latent: LatentBuffer, buffer: SequenceBuffer, embeds: Tensor, done: int) -> None:
+    """What the agent's updates are made from, before update number `done`: first the states of all episodes and half a
+    ring of rollouts, then, every --rollout-every updates, one episode drawn anew and more rollouts."""
+    args, episodes = agent.args, len(latent.first)
+    if done % args.rollout_every:
+        return
+    if done == 0:
+        for some in torch.arange(episodes).split(args.batch_size):
+            agent.encode(latent, embeds, some)
+    else:
+        agent.encode(latent, embeds, torch.tensor([latent.refreshed % episodes]))
+        latent.refreshed += 1
+    while True:
+        batch = buffer.sample(images=False)
+        latent.add(agent.rollout(latent, batch, embeds[batch.row]))
+        if done or latent.written >= len(latent.starts) // 2:  # DIFF 3
+            return
+
+
+# ==== Evaluation ====
+
+
+def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.ndarray]]:
+    """The actor's mode on filtered states, the same episodes and the same posterior draws every time. Returns score and
+    every return, frames of the first episode."""
+    agent.eval()
+    obs, returns, frames = pool.reset(EVAL_SEED + np.arange(pool.count)), np.zeros(pool.count), []  # DIFF 7
+    action, state = np.zeros((pool.count, agent.action_dim), np.float32), None
+    devices = [torch.cuda.current_device()] if args.device.startswith("cuda") else []
+    with torch.random.fork_rng(devices):  # how often one evaluates does not change the training's draws
+        torch.manual_seed(EVAL_SEED)
+        while not pool.done.all():
+            frames.append(obs[0].copy())  # a view would keep the frames of all episodes
+            images, last = (torch.from_numpy(array).to(args.device) for array in (obs, action))
+            chosen, state = agent.act(images, last, state)
+            action = chosen.cpu().numpy()
+            obs, reward, _ = pool.step(action)  # reward is 0 where the episode is over
+            returns += reward
+    agent.train()
+    return {"score": returns.mean() / 10, "return": returns.tolist()}, frames
+
+
+def evaluate_run(args: Args) -> None:
+    """--evaluate RUN: scores a finished run's weights on --eval-episodes episodes and writes a video."""
+    args, facts, weights = load_run(args)
+    pool = evaluation_pool(args, facts, 1)
+    agent = Agent(args, facts["action_dim"]).to(args.device)
+    agent.load_state_dict(weights)
+    metrics, frames = evaluate(agent, pool, args)
+    print(f"score {metrics['score']:.2f}, returns {np.round(metrics['return'], 1).tolist()}")
+    save_video(Path(args.evaluate) / "evaluation.mp4", frames)
+
+
+def main(args: Args) -> None:
+    if args.evaluate:
+        return evaluate_run(args)
+    dataset = open_dataset(args, size=64)  # 64 px if it is a standard set (made on the spot if missing)
+    if dataset.size != SIZE:
+        raise UserError(f"{dataset.path} has images of {dataset.size} px; the decoder gives {SIZE}")
+    if args.model_from:
+        args.model_steps = 0
+    if args.model_steps is None:
+        args.model_steps = round(dataset.num_transitions * 25_000 / 100_000)  # DIFF 3
+    if args.agent_steps is None:
+        args.agent_steps = round(dataset.num_transitions * 150_000 / 100_000)
+    run = start_run(args, dataset)  # folder, lock, config.json, copies of the code; seeds torch and NumPy
+    pool = evaluation_pool(args, dataset.facts(), 1)  # its workers neither import this file nor touch CUDA
+    buffer = SequenceBuffer(dataset, args.batch_size, args.window, args.seed, args.device, args.buffer_device,
+                            force_first=args.mask_first_action)  # fmt: skip
+    agent = Agent(args, buffer.action_dim).to(args.device)
+    if args.model_from:
+        agent.model.load_state_dict(load_model(args, dataset, MODEL_FLAGS))
+    update_model, update_agent = (accelerate(agent, name, args) for name in ("update_model", "update_agent"))
+    latent, embeds = LatentBuffer(dataset, buffer, agent.model.feat_dim), None
+    parts = {"agent": agent, "buffer": buffer, "latent": latent}
+    step = run.load_checkpoint(**parts)  # 0 for a new run
+    while step < args.steps:
+        phase = "model" if step < args.model_steps else "agent"
+        if phase == "model":
+            metrics = update_model(buffer.sample())
+        else:
+            if embeds is None:  # the second phase begins, or goes on in a new process
+                embeds = agent.embed_set(buffer)
+            generate(agent, latent, buffer, embeds, step - args.model_steps)
+            metrics = update_agent(latent.sample(args.agent_batch_size))
+        step += 1
+        if run.log_due(step):
+            run.log(phase, step, {name: value.item() for name, value in metrics.items()})  # the only .item()
+        if pool and phase == "agent" and run.eval_due(step):
+            metrics, frames = evaluate(agent, pool, args)
+            run.log("eval", step, metrics)
+            if step == args.steps:
+                save_video(run.path / "evaluation.mp4", frames)
+        if run.checkpoint_due(step):
+            run.save_checkpoint(step, **parts)
+
+
+if __name__ == "__main__":
+    main(parse_args(Args, TUNED, QUICK))
