@@ -1325,6 +1325,16 @@ def load_run(args):
     return dataclasses.replace(args, **kept), config["dataset"], weights
 
 
+def newest_weights(path: Path) -> dict:
+    """The agent's state of a run, finished or not. Raises UserError where there is none yet."""
+    if (path / "weights.pt").exists():
+        return torch.load(path / "weights.pt", map_location="cpu", weights_only=True)
+    checkpoints = sorted(path.glob("checkpoint-*"))
+    if not checkpoints:
+        raise UserError(f"{path} holds neither weights.pt nor a checkpoint")
+    return torch.load(checkpoints[-1] / "state.pt", map_location="cpu", weights_only=True)["objects"]["agent"]
+
+
 def load_model(args, dataset: Dataset, flags: tuple[str, ...], prefix: str = "model.") -> dict:
     """What --model-from RUN needs: the world model's part of the newest weights of a run, names without `prefix`.
 
@@ -1341,12 +1351,11 @@ def load_model(args, dataset: Dataset, flags: tuple[str, ...], prefix: str = "mo
     if changed := ", ".join(f"{name} {old}, here {new}" for name, (old, new) in pairs.items() if old != new):
         raise UserError(f"{flag} has {changed}")
     checkpoints = sorted(path.glob("checkpoint-*"))
-    if (path / "weights.pt").exists():
-        weights = torch.load(path / "weights.pt", map_location="cpu", weights_only=True)
-    elif checkpoints and int(checkpoints[-1].name[11:]) >= there["model_steps"]:
-        weights = torch.load(checkpoints[-1] / "state.pt", map_location="cpu", weights_only=True)["objects"]["agent"]
-    else:
+    if not (path / "weights.pt").exists() and (
+        not checkpoints or int(checkpoints[-1].name[11:]) < there["model_steps"]
+    ):
         raise UserError(f"{flag} has not finished its first phase of {there['model_steps']} updates")
+    weights = newest_weights(path)
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 

@@ -639,22 +639,27 @@ class Agent(nn.Module):
         state = State(*(part[:, 0] for part in states))
         return self.actor(state.feat).loc, state
 
+    def filter(self, batch: Sequences) -> State:
+        """States of windows, from their images. -> (B, T, ...)."""
+        return self.model.rssm.observe(self.model.embed(batch.image), batch.action, batch.is_first)[0]
+
+    def roll(self, batch: Sequences, context: int) -> State:
+        """The same for the first `context` rows; after them only the actions are known. -> (B, T, ...)."""
+        states = self.filter(Sequences(*(part[:, :context] for part in batch)))
+        found = [State(*parts) for parts in zip(*(part.unbind(1) for part in states))]
+        for t in range(context, batch.action.shape[1]):
+            found.append(self.model.rssm.imagine(found[-1], batch.action[:, t]))
+        return State(*(torch.stack(parts, 1) for parts in zip(*found)))
+
     @torch.no_grad()
     def reconstruct(self, batch: Sequences) -> Tensor:
         """What the decoder makes of the filtered states. -> (B, T, 3, 64, 64) in about [-0.5, 0.5]."""
-        states, _ = self.model.rssm.observe(self.model.embed(batch.image), batch.action, batch.is_first)
-        return self.model.decode(states.feat)
+        return self.model.decode(self.filter(batch).feat)
 
     @torch.no_grad()
     def open_loop(self, batch: Sequences, context: int = 5) -> Tensor:
-        """The same for the first `context` rows; after them only the actions are known. -> (B, T, 3, 64, 64)."""
-        known = (part[:, :context] for part in (self.model.embed(batch.image), batch.action, batch.is_first))
-        states, _ = self.model.rssm.observe(*known)
-        state, feats = State(*(part[:, -1] for part in states)), [*states.feat.unbind(1)]
-        for t in range(context, batch.action.shape[1]):
-            state = self.model.rssm.imagine(state, batch.action[:, t])
-            feats.append(state.feat)
-        return self.model.decode(torch.stack(feats, 1))
+        """Of the states that follow from `context` images and then actions alone. -> (B, T, 3, 64, 64)."""
+        return self.model.decode(self.roll(batch, context).feat)
 
     def get_extra_state(self) -> dict:
         """What torch adds to state_dict(): the optimisers. What else an update changes belongs here, for resume."""

@@ -6,11 +6,12 @@
 
 calibration  one float32 forward pass of the DrQ encoder on 256 observations: compares two machines
 update       buffer.sample() and update() of every file in algos/ that learns from a TransitionBuffer
+world        the same for both phases of every file that has a world model: --windows of 50 rows, 64 px
 buffer       256 stacked obs and next_obs, 3-step returns, frames in the page cache (and on the GPU)
 open         a set of 20,000 frames made ready, in a process of its own
 render       one 84 px frame, physics not counted; EnvPool: whole environment steps on all cores
 
-Paper shapes: batch 256, 84 px, 3 frames, 6 action dimensions."""
+Paper shapes: batch 256, 84 px, 3 frames, 6 action dimensions; world models 64 windows, on a CPU 8 by default."""
 
 import importlib
 import json
@@ -37,6 +38,7 @@ from common import (  # noqa: E402
     Dataset,
     DatasetWriter,
     EnvPool,
+    SequenceBuffer,
     TransitionBuffer,
     UserError,
     accelerate,
@@ -52,6 +54,7 @@ from common import (  # noqa: E402
 
 # V-D4RL's released code, measured on 2 cores of an AMD EPYC (Zen 5) and nowhere else.
 RELEASED = {"drq_bc": 1.70, "bc": 1.18, "cql": 4.53}  # seconds per update, float32
+RELEASED_WORLD = {("offline_dv2", "model"): 2.35, ("offline_dv2", "agent"): 0.80}  # seconds per update, 8 x 50 rows
 RELEASED_BATCH, RELEASED_OPEN, RELEASED_MEMORY = 5.4, 3.0, 1500.0  # ms; s and MB to load 20,000 frames
 NOTE = """ratio: other code / measured; above 1 means less time or memory here.
 *: V-D4RL's released code (updates in fp32), measured on 2 cores of an AMD EPYC (Zen 5) only: on any other hardware
@@ -63,7 +66,10 @@ SIZE, ACTION_DIM, EPISODE = 84, 6, 500  # pixels; frames of a synthetic episode,
 @dataclass
 class Args:
     repeats: int = 5  # repetitions of each measurement; the median is printed
-    only: tuple[Literal["update", "buffer", "open", "render"], ...] = ("update", "buffer", "open", "render")
+    only: tuple[Literal["update", "world", "buffer", "open", "render"], ...] = (
+        "update", "world", "buffer", "open", "render",
+    )  # fmt: skip
+    windows: int | None = None  # of a world model's batch; None: 8 on a CPU, 64 (the papers') on a GPU
     device: str = "auto"  # of updates and batches. auto: cuda if there is one, else cpu
     accelerate: tuple[Literal["eager", "compile", "graph"], ...] = ("eager",)  # of updates; graph needs cuda
     json: str | None = None  # also write the table to this file
@@ -120,12 +126,12 @@ def alone(function: Callable, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def write_set(path: Path, frames: int) -> None:
+def write_set(path: Path, frames: int, size: int = SIZE) -> None:
     """A set of noise: `frames` image rows, episodes of EPISODE rows."""
     rng = np.random.default_rng(0)
-    with DatasetWriter(path, SIZE, ACTION_DIM) as writer:
+    with DatasetWriter(path, size, ACTION_DIM) as writer:
         for _ in range(frames // EPISODE):
-            images = rng.integers(256, size=(EPISODE, SIZE, SIZE, 3), dtype=np.uint8)
+            images = rng.integers(256, size=(EPISODE, size, size, 3), dtype=np.uint8)
             writer.add(images, rng.uniform(-1, 1, (EPISODE - 1, ACTION_DIM)), rng.uniform(size=EPISODE - 1))
 
 
@@ -165,6 +171,44 @@ def update_seconds(algo: str, next_obs: bool, precision: str, how: str, args: Ar
     update = accelerate(agent, "update", run_args)
     schedule = (module.noise_std(run_args, 0),) if hasattr(module, "noise_std") else ()
     return seconds_per_call(lambda: update(buffer.sample(), *schedule), args, args.device)
+
+
+def measure_world(table: Table, args: Args, dataset: Dataset) -> None:
+    for file in sorted((ROOT / "algos").glob("*.py")):
+        if "class WorldModel" not in file.read_text():
+            continue
+        for precision in ("fp32", "bf16") if has_bf16(args.device) else ("fp32",):
+            for how in args.accelerate:
+                for phase, value in world_seconds(file.stem, precision, how, args, dataset).items():
+                    known = args.device == "cpu" and args.windows == 8 and not args.quick
+                    other = RELEASED_WORLD.get((file.stem, phase)) if known else None
+                    what = f"{file.stem} {phase}, {args.windows} x 50, {precision}, {how}"
+                    table.add("world", what, value, "s/update", 1 / value, other)
+
+
+def world_seconds(algo: str, precision: str, how: str, args: Args, dataset: Dataset) -> dict[str, float]:
+    """Seconds per update of each phase, batches included; for LOMPO a rollout every 200 updates is not."""
+    module = importlib.import_module(algo)
+    small = {"window": 5, "cnn_depth": 4} if args.quick else {}
+    run_args = module.Args(device=args.device, precision=precision, accelerate=how, batch_size=args.windows, **small)
+    buffer = SequenceBuffer(dataset, args.windows, run_args.window, device=args.device, buffer_device="auto")
+    torch.compiler.reset()
+    agent = module.Agent(run_args, buffer.action_dim).to(args.device)
+    model, update = (accelerate(agent, name, run_args) for name in ("update_model", "update_agent"))
+    found = {"model": seconds_per_call(lambda: model(buffer.sample()), args, args.device)}
+    embeds = agent.embed_set(buffer)
+
+    def from_windows():
+        batch = buffer.sample(images=False)
+        return update(batch, embeds[batch.row])
+
+    if hasattr(module, "LatentBuffer"):
+        latent = module.LatentBuffer(dataset, buffer, agent.model.feat_dim)
+        module.generate(agent, latent, buffer, embeds, 0)
+        found["agent"] = seconds_per_call(lambda: update(latent.sample(run_args.agent_batch_size)), args, args.device)
+    else:
+        found["agent"] = seconds_per_call(from_windows, args, args.device)
+    return found
 
 
 def measure_buffer(table: Table, args: Args, dataset: Dataset) -> None:
@@ -260,6 +304,8 @@ def main(args: Args) -> None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device.startswith("cuda:"):
         torch.cuda.set_device(args.device)
+    if args.windows is None:
+        args.windows = 2 if args.quick else 64 if args.device.startswith("cuda") else 8
     torch.backends.cudnn.allow_tf32 = False  # of the calibration; accelerate() sets it for the updates
     machine = {"hardware": hardware(args.device), "versions": versions(), "torch_threads": torch.get_num_threads()}
     print(f"{machine['hardware']}; {machine['torch_threads']} torch threads; device {args.device}; "
@@ -271,10 +317,14 @@ def main(args: Args) -> None:
     table = Table(args.quick)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "noise-84px"
-        if set(args.only) - {"render"}:
+        if set(args.only) - {"render", "world"}:
             write_set(path, 1_000 if args.quick else 20_000)
         if "update" in args.only:
             measure_update(table, args, Dataset(path))
+        if "world" in args.only:
+            small = Path(folder) / "noise-64px"
+            write_set(small, 1_000 if args.quick else 5_000, size=64)
+            measure_world(table, args, Dataset(small))
         if "buffer" in args.only:
             measure_buffer(table, args, Dataset(path))
         if "open" in args.only:

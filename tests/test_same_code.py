@@ -41,6 +41,7 @@ VARIANTS = {
     "log_prob_std": [{"offline_dv2"}, {"lompo"}],
     # imagination is within the update there, in a buffer here
     "Agent.update_agent": [{"offline_dv2"}, {"lompo"}],
+    "Agent.penalty": [{"offline_dv2"}, {"lompo"}],
     # torch's Adam; TensorFlow's, which reports the norm it clips
     "Agent.minimize": [FREE, MODEL],
     # a stack of frames is the state; a filter carries it from image to image
