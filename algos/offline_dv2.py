@@ -372,10 +372,27 @@ class Actor(nn.Module):
 # logits (N, M, S, K) float32 of all priors, stoch (M, S, K) the state arrived at  ->  (M,)
 
 
+class MeanDeviation(torch.autograd.Function):
+    """probs (N, M, S K)  ->  mean over N of |probs - mean over N of probs|, (M,). The gradient is written out, in half
+    the passes over a large tensor that autograd takes; where a norm is 0 it is 0, not NaN."""
+
+    @staticmethod
+    def forward(ctx, probs: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(probs - probs.mean(0), dim=-1)
+        ctx.save_for_backward(probs, norm)
+        return norm.mean(0)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        probs, norm = ctx.saved_tensors
+        scale = gradient / (len(probs) * norm.clamp_min(1e-12))
+        to_deviation = (probs - probs.mean(0)) * scale[..., None]
+        return to_deviation - to_deviation.mean(0)
+
+
 def mean_disagreement(logits: Tensor, stoch: Tensor) -> Tensor:
     """mean_k |P_k - mean_j P_j|, the norm over variables and classes together."""
-    probs = logits.softmax(-1).flatten(-2)
-    return torch.linalg.vector_norm(probs - probs.mean(0), dim=-1).mean(0)  # its gradient at 0 is 0, not NaN
+    return MeanDeviation.apply(logits.softmax(-1).flatten(-2))
 
 
 def sum_squares(logits: Tensor, stoch: Tensor) -> Tensor:

@@ -418,6 +418,14 @@ def test_penalties_of_equal_priors_and_shifted_logits(name):
     assert torch.isfinite(equal.grad).all() or name in ("logit_std", "log_prob_std")
 
 
+def test_the_gradient_of_the_disagreement_that_is_written_out():
+    probs = LOGITS.double().softmax(-1).flatten(-2).requires_grad_()
+    assert torch.autograd.gradcheck(dv2.MeanDeviation.apply, probs)
+    equal = probs.detach()[:1].expand(5, -1, -1).clone().requires_grad_()
+    dv2.MeanDeviation.apply(equal).sum().backward()
+    assert equal.grad.abs().max() < 1e-3
+
+
 def test_the_penalty_is_a_function_of_the_state_arrived_at():
     agent = make_agent(penalty_coef=1.0)
     state = states_of(agent)
