@@ -65,7 +65,7 @@ def test_the_whole_table(repo):
     assert len(runs) + len(impossible) == files * 3 * 5 * 6
     assert len(impossible) == sum("no policy is shipped" in line for line in impossible)
     made = [line for line in lines if line.startswith("python data/collect.py")]
-    assert len(made) == len(set(made)) == len(runs) / files / 6  # each set once
+    assert len(made) == len(set(made)) == 2 * len(runs) / files / 6  # each set once, at 84 and at 64 px
     assert lines[: len(made)] == made  # before the runs
     assert "python algos/drq_bc.py --task cheetah-run --dataset medexp --seed 5" in runs
 
@@ -95,7 +95,10 @@ def test_filters(repo, words, expected):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--algos", "nope"], "--algos nope: there is no algos/nope.py; there are bad, bc, cql, drq_bc"),
+        (
+            ["--algos", "nope"],
+            "--algos nope: there is no algos/nope.py; there are bad, bc, cql, drq_bc, lompo, offline_dv2",
+        ),
         (["--seeds", "0"], "--seeds 0 --jobs None: at least 1"),
         (["--seeds", "3-5"], "--seeds 3-5"),
         (["--jobs", "0"], "--jobs 0"),

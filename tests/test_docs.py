@@ -47,7 +47,7 @@ def test_the_commands_from_a_copied_file_to_the_comparison(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     tiny = '{"transitions": 1000, "batch_size": 8, "steps": 4, "eval_every": 4, "eval_episodes": 1}'
     for file in (tmp_path / "algos").glob("*.py"):
-        file.write_text(re.sub(r"^QUICK = .*", f"QUICK = {tiny}", file.read_text(), flags=re.M))
+        file.write_text(re.sub(r"^QUICK = \{[^}]*\}", f"QUICK = {tiny}", file.read_text(), flags=re.M))
     blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "docs" / "your_own_idea.md").read_text(), re.M | re.S)
     commands = [line for block in blocks for line in block.splitlines()]
     assert len(commands) == 8 and commands[5].startswith("./benchmark.sh")
