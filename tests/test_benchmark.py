@@ -97,7 +97,7 @@ def test_filters(repo, words, expected):
     [
         (
             ["--algos", "nope"],
-            "--algos nope: there is no algos/nope.py; there are bad, bc, cql, drq_bc, lompo, offline_dv2",
+            "no algos/nope.py; there are bad, bc, cql, drq_bc, lompo, offline_dv2",
         ),
         (["--seeds", "0"], "--seeds 0 --jobs None: at least 1"),
         (["--seeds", "3-5"], "--seeds 3-5"),
