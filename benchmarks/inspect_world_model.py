@@ -194,6 +194,7 @@ def in_the_environment(args: Args, agent, pool: EnvPool, config: dict) -> dict:
     published = TABLE_14.get(config["args"]["dataset"]) if config["args"]["task"] == "walker-walk" else None
     if published and config["args"].get("penalty") == "mean_disagreement":
         print(f"  V-D4RL's Table 14, for Offline DV2 trained in full: {published[0]} +- {published[1]}")
+    torch.manual_seed(EVAL_SEED)  # the draws of --evaluate, hence its returns
     states, rewards = episodes(agent, pool, lambda state: mode(agent, state), EVAL_SEED)
     steps = len(rewards)
     whole = imagined_reward(agent, states[0], steps).cpu().numpy()

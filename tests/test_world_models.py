@@ -12,7 +12,7 @@ import numpy as np
 import offline_dv2
 import pytest
 import torch
-from conftest import ROOT, write_set
+from conftest import ROOT, run_python, write_set
 
 import common
 from common import UserError
@@ -235,3 +235,49 @@ def test_an_update_leaves_every_parameter_where_it_was(algo, accelerate, own_set
     agent.optimizers["model"].load_state_dict(state)
     assert agent.optimizers["model"].state["count"] == 1
     assert places == [parameter.data_ptr() for parameter in agent.parameters()]
+
+
+# ---- benchmarks/inspect_world_model.py ----
+
+
+@EACH
+def test_films_and_errors_of_a_run(algo, train, own_set, tmp_path):
+    assert train(algo) is None
+    run, out = train.folder(algo), tmp_path / "films"
+    words = [ROOT / "benchmarks" / "inspect_world_model.py", run, "--batch", 4, "--windows", 2, "--context", 2]
+    result = run_python(*words, "--episodes", 0, "--out", out)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((out / "report.json").read_text())
+    for part in ("filtered", "open_loop"):
+        assert report["errors"][part].keys() == {"image_rmse_255", "reward_rmse", "reward_r2"}
+        assert 0 < report["errors"][part]["image_rmse_255"] < 255
+    import imageio.v2 as imageio
+
+    for name in ("reconstruction", "open_loop"):
+        with imageio.get_reader(out / f"{name}.mp4") as video:
+            assert video.count_frames() == 5 and video.get_data(0).shape == (2 * 3 * 64, 2 * 2 * 64, 3)
+    assert imageio.imread(out / "open_loop.png").shape == (3 * 64, 8 * 64, 3)
+    other = write_set(tmp_path / "small", size=21)
+    for flags, message in (([tmp_path], "there is no config.json"), ([run, "--dataset", other], "21 px")):
+        result = run_python(words[0], *flags, "--episodes", 0)
+        assert result.returncode == 1 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@EACH
+def test_runs_and_inspections_with_the_environment(algo, tmp_path):
+    flags = ["--task", "walker-walk", "--dataset", "random", "--transitions", 1000, "--data-dir", tmp_path / "data"]
+    small = [*SMALL[: SMALL.index("--eval-every")], *OWN[algo], *STEPS, "--eval-every", 10, "--eval-episodes", 1]
+    result = run_python(ROOT / "algos" / f"{algo}.py", *flags, *small, "--runs-dir", tmp_path / "runs")
+    assert result.returncode == 0, result.stderr
+    run = tmp_path / "runs" / algo / "walker-walk" / "random-64px-1000" / "seed0"
+    assert (run / "evaluation.mp4").exists() and len(rows_of(run, "eval")) == 2
+    again = run_python(ROOT / "algos" / f"{algo}.py", "--evaluate", run, "--eval-episodes", 1)
+    score = float((run / "eval.csv").read_text().splitlines()[1].split(",")[2])
+    assert f"score {score:.2f}, returns [{10 * score:.1f}]" in again.stdout
+    result = run_python(ROOT / "benchmarks" / "inspect_world_model.py", run, "--batch", 4, "--episodes", 1)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((run / "inspect" / "report.json").read_text())
+    assert report["return"]["real"]["mean"] == pytest.approx(10 * score, rel=1e-4)
+    assert report["penalty_random_policy"]["mean"] > 0 and "reward_over_15_steps" in report
+    assert "penalty on a random policy's states" in result.stdout
