@@ -460,9 +460,14 @@ class LatentBuffer:
         return Transitions(*(torch.cat(pair) for pair in zip(real, imagined)))
 
     def state_dict(self) -> dict:
+        """Nothing in the first phase; in the second it cannot be made again: the actor that imagined is gone."""
+        if not self.written:
+            return {}
         return {"real": self.real, "ring": self.ring, "written": self.written, "refreshed": self.refreshed}
 
     def load_state_dict(self, state: dict) -> None:
+        if not state:
+            return
         self.real.copy_(state["real"])
         for name, value in state["ring"].items():
             self.ring[name].copy_(value)

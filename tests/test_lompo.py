@@ -369,6 +369,24 @@ def test_bf16_is_near_fp32(dataset):
     assert found[0] == pytest.approx(found[1], rel=0.05)
 
 
+def test_gradients_in_bf16_are_near_those_in_fp32():
+    """Weights that were first cast where nothing is learned (the actor in the target) keep their gradient."""
+    found = []
+    for precision in ("fp32", "bf16"):
+        agent, seen = make_agent(precision=precision, units=64), {}
+
+        def record(name, loss, agent=agent, seen=seen):
+            seen[name] = torch.cat([g.flatten() for g in torch.autograd.grad(loss, agent.optimizers[name].params)])
+            return loss.detach()
+
+        agent.minimize = record
+        agent.update_agent(make_transitions(agent))
+        found.append(seen)
+    for name in ("actor", "critic"):
+        one, two = found[0][name], found[1][name]
+        assert (one - two).norm() < 0.05 * one.norm()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["model", "agent"])
 def test_compiled_losses_equal_eager_ones(phase, dataset):
