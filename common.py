@@ -745,7 +745,7 @@ class Frames:
         """rows (n,) int64, those of each part together and in the order of the parts -> (n, 3, S, S) uint8."""
         source = self.images[0]
         out = torch.empty((len(rows), *source.shape[1:]), dtype=torch.uint8, device=source.device,
-                          pin_memory=source.device != self.device)  # fmt: skip
+                          pin_memory=self.device.type == "cuda" and not self.on_gpu)  # fmt: skip
         cuts = [0, *(int((rows < start).sum()) for start in self.bounds[1:-1]), len(rows)]
         for image, start, low, high in zip(self.images, self.bounds, cuts[:-1], cuts[1:]):
             torch.index_select(image, 0, rows[low:high] - start, out=out[low:high])
@@ -900,8 +900,8 @@ class SequenceBuffer:
 
 FREE_FLAGS = {"data_dir", "runs_dir", "log_every", "buffer_device", "overwrite", "evaluate"}  # may differ on resume
 GROWING_FLAGS = {"steps", "agent_steps"}  # may grow on resume
-POSITIVE_FLAGS = {"steps batch_size log_every eval_episodes nstep window horizon ensemble target_every": 1,
-                  "model_steps agent_steps": 0}  # fmt: skip
+LEAST_FLAGS = {"steps batch_size log_every eval_episodes nstep window horizon ensemble target_every": 1,
+                  "rollout_every": 1, "agent_batch_size": 2, "model_steps agent_steps": 0}  # fmt: skip
 EVAL_SEED = 1_000_000  # evaluation episode i starts from seed EVAL_SEED + i, in every run and at every step
 CHECKPOINT_SECONDS = 300.0
 
@@ -946,7 +946,7 @@ def parse_args(args_class, tuned: dict, quick: dict):
         if not torch.cuda.is_available():
             raise UserError(f"--device {args.device}: there is no CUDA device here; --device cpu")
         torch.cuda.set_device(args.device if ":" in args.device else 0)
-    for names, least in POSITIVE_FLAGS.items():
+    for names, least in LEAST_FLAGS.items():
         for name in names.split():
             if (number := vars(args).get(name)) is not None and number < least:
                 raise UserError(f"--{name.replace('_', '-')} {number}: at least {least}")
@@ -1176,11 +1176,7 @@ class Run:
         """Restores the newest whole checkpoint into `objects` and cuts later metrics. Returns its step, 0 if none."""
         step = 0
         for folder in reversed(self._checkpoints()):
-            try:
-                whole = sha256(folder / "state.pt") == (folder / "sha256").read_text()
-            except FileNotFoundError:
-                whole = False
-            if not whole:
+            if not is_whole(folder):
                 print(f"warning: {folder} is damaged; falling back to the one before")
                 shutil.rmtree(folder)
                 continue
@@ -1326,13 +1322,20 @@ def load_run(args):
 
 
 def newest_weights(path: Path) -> dict:
-    """The agent's state of a run, finished or not. Raises UserError where there is none yet."""
-    if (path / "weights.pt").exists():
+    """The agent's state of a run, finished or not. Raises UserError where there is none that is whole."""
+    if (path / "finished.json").exists():
         return torch.load(path / "weights.pt", map_location="cpu", weights_only=True)
-    checkpoints = sorted(path.glob("checkpoint-*"))
-    if not checkpoints:
-        raise UserError(f"{path} holds neither weights.pt nor a checkpoint")
-    return torch.load(checkpoints[-1] / "state.pt", map_location="cpu", weights_only=True)["objects"]["agent"]
+    for folder in sorted(path.glob("checkpoint-*"), reverse=True):
+        if is_whole(folder):
+            return torch.load(folder / "state.pt", map_location="cpu", weights_only=True)["objects"]["agent"]
+    raise UserError(f"{path} is not finished and holds no whole checkpoint")
+
+
+def is_whole(checkpoint: Path) -> bool:
+    try:
+        return sha256(checkpoint / "state.pt") == (checkpoint / "sha256").read_text()
+    except FileNotFoundError:
+        return False
 
 
 def load_model(args, dataset: Dataset, flags: tuple[str, ...], prefix: str = "model.") -> dict:
@@ -1348,14 +1351,15 @@ def load_model(args, dataset: Dataset, flags: tuple[str, ...], prefix: str = "mo
     there, here = config["args"], dataclasses.asdict(args)
     pairs = {f"--{name.replace('_', '-')}": (there.get(name), here[name]) for name in flags}
     pairs |= {"task": (there["task"], args.task), "action_dim": (config["dataset"]["action_dim"], dataset.action_dim)}
+    pairs["algorithm"] = config["algo"], Path(sys.modules["__main__"].__file__).stem
     if changed := ", ".join(f"{name} {old}, here {new}" for name, (old, new) in pairs.items() if old != new):
         raise UserError(f"{flag} has {changed}")
-    checkpoints = sorted(path.glob("checkpoint-*"))
-    if not (path / "weights.pt").exists() and (
-        not checkpoints or int(checkpoints[-1].name[11:]) < there["model_steps"]
-    ):
+    step = max([int(folder.name[11:]) for folder in path.glob("checkpoint-*")], default=0)
+    if not (path / "finished.json").exists() and step < there["model_steps"]:
         raise UserError(f"{flag} has not finished its first phase of {there['model_steps']} updates")
     weights = newest_weights(path)
+    if config["dataset"]["hash"] != dataset.hash:
+        print(f"note: the model of {flag} was trained on other data, {config['dataset']['set']}")
     return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
@@ -1379,7 +1383,8 @@ def accelerate(agent, name: str, args):
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"  # else fp32 would round what convolutions multiply
     if args.accelerate == "compile":
         for loss in agent.LOSSES:
-            setattr(agent, loss, torch.compile(getattr(agent, loss), fullgraph=True, dynamic=False))
+            if loss not in vars(agent):  # a second method of the same agent shares them
+                setattr(agent, loss, torch.compile(getattr(agent, loss), fullgraph=True, dynamic=False))
     if args.accelerate != "graph":
         return getattr(agent, name)
     if not args.device.startswith("cuda"):

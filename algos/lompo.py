@@ -13,13 +13,14 @@ one, and this one, is deterministic, with noise in the rollouts alone.
 Dims: B windows, T rows of a window, A action, E embedding, S stoch, D deter, F = S + D feat, N ensemble.
 Differs from the released code, as V-D4RL's fork has it (marked DIFF n where it happens):
   DIFF 1: each state has latent noise of its own; theirs draws one vector for a whole batch (--shared-noise).
-  DIFF 2: a window's first action is masked, and its last row can be drawn; theirs neither (--no-mask-first-action).
+  DIFF 2: a window's first action is masked (--no-mask-first-action: theirs), and an episode's last row can be drawn.
   DIFF 3: 25,000 and 150,000 updates are for 100,000 transitions and scale with the set, and so does the first fill of
           the imagined ring, half of it; theirs 50,000 transitions whatever the set.
   DIFF 4: the critics' targets start as their copies; theirs as other networks, crossed.
   DIFF 5: the encoder is frozen and deterministic in the second phase, so the set is embedded once: the same numbers.
   DIFF 6: --precision auto is bf16 autocast where the hardware has it; theirs fp32.
-  DIFF 7: an evaluation is ten seeded episodes; theirs is one, unseeded.
+  DIFF 7: an evaluation is ten seeded episodes, the last one of the final weights; theirs is one, unseeded, every 200
+          updates, before they are made.
 Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
 
 import math
@@ -86,7 +87,7 @@ class Args:
     penalty: Literal["log_prob_std", "log_prob_var", "mean_distance", "max_std", "none"] = (
         "log_prob_std"  # the released code's; log_prob_var: the paper's
     )
-    penalty_coef: float = 5.0  # lambda of Eq. 8; 1 for random sets; 0: LMBRL
+    penalty_coef: float = 5.0  # lambda of Eq. 9; 1 for random sets; 0: LMBRL
     reward_avg: bool = False  # imagined reward: mean over every member's own draw (Eq. 9); default: of the one drawn
     horizon: int = 5  # steps of a rollout
     rollout_noise: float = 0.2  # std of the noise on a rollout's actions
@@ -117,7 +118,7 @@ QUICK = {"transitions": 30_000, "batch_size": 16, "window": 25, "model_steps": 1
          "eval_every": 400, "cnn_depth": 16, "ensemble": 5, "penalty_coef": 1.0}  # fmt: skip
 
 SIZE = 64  # pixels per side: what the decoder's kernels give
-MODEL_FLAGS = ("cnn_depth", "stoch", "deter", "hidden", "ensemble", "units")  # sizes of its networks
+MODEL_FLAGS = ("cnn_depth", "stoch", "deter", "hidden", "ensemble", "units", "mask_first_action")  # of the model
 
 
 # ==== Networks ====
@@ -390,7 +391,8 @@ class Optimizer:
             self.state = {"count": count, "m": [*map(torch.zeros_like, params)], "v": [*map(torch.zeros_like, params)]}
         count, m, v = self.state.values()
         norm = nn.utils.clip_grad_norm_(params, self.CLIP)
-        torch._foreach_mul_(params, 1 - self.decay)
+        if self.decay:
+            torch._foreach_mul_(params, 1 - self.decay)
         count += 1
         torch._foreach_lerp_(m, grads, 1 - self.B1)
         torch._foreach_mul_(v, self.B2)
@@ -463,14 +465,15 @@ class LatentBuffer:
         """Nothing in the first phase; in the second it cannot be made again: the actor that imagined is gone."""
         if not self.written:
             return {}
-        return {"real": self.real, "ring": self.ring, "written": self.written, "refreshed": self.refreshed}
+        filled = {name: value[: self.written] for name, value in self.ring.items()}
+        return {"real": self.real, "ring": filled, "written": self.written, "refreshed": self.refreshed}
 
     def load_state_dict(self, state: dict) -> None:
         if not state:
             return
         self.real.copy_(state["real"])
         for name, value in state["ring"].items():
-            self.ring[name].copy_(value)
+            self.ring[name][: len(value)] = value
         self.written, self.refreshed = state["written"], state["refreshed"]
 
 
@@ -537,12 +540,13 @@ class Agent(nn.Module):
     @torch.no_grad()
     def embed_set(self, buffer: SequenceBuffer, rows: int = 1024) -> Tensor:
         """Embeddings of every row of the set, in the encoder's output precision. -> (rows of the set, E) (DIFF 5)."""
+        out = None
         with self.autocast():
-            parts = [
-                self.model.embed(buffer.frames.gather(index.to(buffer.frames.images[0].device)))
-                for index in torch.arange(buffer.num_rows).split(rows)
-            ]
-        return torch.cat(parts)
+            for index in torch.arange(buffer.num_rows, device=buffer.frames.images[0].device).split(rows):
+                embed = self.model.embed(buffer.frames.gather(index))
+                out = embed.new_empty(buffer.num_rows, embed.shape[-1]) if out is None else out
+                out[index.to(out.device)] = embed
+        return out
 
     @torch.no_grad()
     def encode(self, latent: LatentBuffer, embeds: Tensor, episodes: Tensor) -> None:
@@ -737,6 +741,8 @@ def main(args: Args) -> None:
     dataset = open_dataset(args, size=64)  # 64 px if it is a standard set (made on the spot if missing)
     if dataset.size != SIZE:
         raise UserError(f"{dataset.path} has images of {dataset.size} px; the decoder gives {SIZE}")
+    if args.model_from and not args.tag:
+        raise UserError(f"--model-from {args.model_from}: also give a --tag, such a run is no standard row")
     if args.model_from:
         args.model_steps = 0
     if args.model_steps is None:
@@ -748,12 +754,12 @@ def main(args: Args) -> None:
     buffer = SequenceBuffer(dataset, args.batch_size, args.window, args.seed, args.device, args.buffer_device,
                             force_first=args.mask_first_action)  # fmt: skip
     agent = Agent(args, buffer.action_dim).to(args.device)
-    if args.model_from:
-        agent.model.load_state_dict(load_model(args, dataset, MODEL_FLAGS))
     update_model, update_agent = (accelerate(agent, name, args) for name in ("update_model", "update_agent"))
     latent, embeds = LatentBuffer(dataset, buffer, agent.model.feat_dim), None
     parts = {"agent": agent, "buffer": buffer, "latent": latent}
     step = run.load_checkpoint(**parts)  # 0 for a new run
+    if args.model_from and step == 0:
+        agent.model.load_state_dict(load_model(args, dataset, MODEL_FLAGS))
     while step < args.steps:
         phase = "model" if step < args.model_steps else "agent"
         if phase == "model":

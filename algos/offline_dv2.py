@@ -20,7 +20,8 @@ Differs from the released code (marked DIFF n where it happens):
   DIFF 3: the critic's target starts as its copy; theirs is another network until the first update is over.
   DIFF 4: the encoder is frozen and deterministic in the second phase, so the set is embedded once: the same numbers.
   DIFF 5: --precision auto is bf16 autocast where the hardware has it; theirs float16 with a scaled loss.
-  DIFF 6: an evaluation is ten seeded episodes; theirs is one, unseeded.
+  DIFF 6: an evaluation is ten seeded episodes, the last one of the final weights; theirs is one, unseeded, every 200
+          updates, before they are made.
 Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
 
 import math
@@ -86,7 +87,7 @@ class Args:
     kl_balance: float = 0.8  # share of the KL's gradient that trains the prior
     free_nats: float = 1.0  # below it the mean KL has no gradient
     penalty: Literal["mean_disagreement", "sum_squares", "logit_std", "log_prob_std", "mixture_std", "none"] = (
-        "mean_disagreement"  # the released code's; sum_squares: Eq. 1 as printed; logit_std: Appendix B.1's words
+        "mean_disagreement"  # the released code's; sum_squares: Eq. 1, as recalled; logit_std: Appendix B.1's words
     )
     penalty_coef: float = 10.0  # lambda of Eq. 1 (DIFF 2)
     horizon: int = 5  # imagined steps (Table 7)
@@ -113,6 +114,7 @@ class Args:
 TASKS, SETS = ("walker-walk", "cheetah-run"), ("random", "mixed", "medium", "medexp", "expert")
 TUNED = {(task, name): {"penalty_coef": 3.0 if name == "random" else 10.0} for task in TASKS for name in SETS}
 TUNED["walker-walk", "mixed"] = {"penalty_coef": 8.0}  # all three values: DIFF 2
+# not the paper's setting made shorter, but one of its own: a small model, a small penalty, a longer horizon
 QUICK = {"transitions": 30_000, "batch_size": 16, "window": 25, "model_steps": 1_800, "agent_steps": 600,
          "eval_every": 100, "cnn_depth": 16, "ensemble": 5, "units": 200, "horizon": 12,
          "penalty_coef": 1.0}  # fmt: skip
@@ -396,7 +398,7 @@ def mean_disagreement(logits: Tensor, stoch: Tensor) -> Tensor:
 
 
 def sum_squares(logits: Tensor, stoch: Tensor) -> Tensor:
-    """sum_k |P_k - mean_j P_j|^2 (2206.04779 Eq. 1)."""
+    """sum_k |P_k - mean_j P_j|^2: 2206.04779 Eq. 1 as recalled, the text at hand has lost it."""
     probs = logits.softmax(-1).flatten(-2)
     return (probs - probs.mean(0)).square().sum((0, -1))
 
@@ -471,7 +473,8 @@ class Optimizer:
             self.state = {"count": count, "m": [*map(torch.zeros_like, params)], "v": [*map(torch.zeros_like, params)]}
         count, m, v = self.state.values()
         norm = nn.utils.clip_grad_norm_(params, self.CLIP)
-        torch._foreach_mul_(params, 1 - self.decay)
+        if self.decay:
+            torch._foreach_mul_(params, 1 - self.decay)
         count += 1
         torch._foreach_lerp_(m, grads, 1 - self.B1)
         torch._foreach_mul_(v, self.B2)
@@ -555,12 +558,13 @@ class Agent(nn.Module):
     @torch.no_grad()
     def embed_set(self, buffer: SequenceBuffer, rows: int = 1024) -> Tensor:
         """Embeddings of every row of the set, in the encoder's output precision. -> (rows of the set, E) (DIFF 4)."""
+        out = None
         with self.autocast():
-            parts = [
-                self.model.embed(buffer.frames.gather(index.to(buffer.frames.images[0].device)))
-                for index in torch.arange(buffer.num_rows).split(rows)
-            ]
-        return torch.cat(parts)
+            for index in torch.arange(buffer.num_rows, device=buffer.frames.images[0].device).split(rows):
+                embed = self.model.embed(buffer.frames.gather(index))
+                out = embed.new_empty(buffer.num_rows, embed.shape[-1]) if out is None else out
+                out[index.to(out.device)] = embed
+        return out
 
     def imagine(self, state: State) -> tuple[list[State], list[TruncatedNormal]]:
         """The actor's rollout from states (M, ...)  ->  H + 1 states (M, ...), H policies.
@@ -741,6 +745,8 @@ def main(args: Args) -> None:
     if args.horizon < 2:
         raise UserError(f"--horizon {args.horizon}: at least 2, the actor's first own reward is that of step 1")
     epoch = dataset.num_transitions / (args.batch_size * args.window)  # updates in which as many rows are drawn
+    if args.model_from and not args.tag:
+        raise UserError(f"--model-from {args.model_from}: also give a --tag, such a run is no standard row")
     if args.model_from:
         args.model_steps = 0
     if args.model_steps is None:
@@ -751,10 +757,10 @@ def main(args: Args) -> None:
     pool = evaluation_pool(args, dataset.facts(), 1)  # its workers neither import this file nor touch CUDA
     buffer = SequenceBuffer(dataset, args.batch_size, args.window, args.seed, args.device, args.buffer_device)
     agent = Agent(args, buffer.action_dim).to(args.device)
-    if args.model_from:
-        agent.model.load_state_dict(load_model(args, dataset, MODEL_FLAGS))
     update_model, update_agent = (accelerate(agent, name, args) for name in ("update_model", "update_agent"))
     step, embeds = run.load_checkpoint(agent=agent, buffer=buffer), None  # step: 0 for a new run
+    if args.model_from and step == 0:
+        agent.model.load_state_dict(load_model(args, dataset, MODEL_FLAGS))
     while step < args.steps:
         phase = "model" if step < args.model_steps else "agent"
         if phase == "model":

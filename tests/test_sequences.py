@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import write_set
 
-from common import Dataset, SequenceBuffer, UserError
+from common import Dataset, SequenceBuffer, TransitionBuffer, UserError
 
 
 def spelled(image: torch.Tensor) -> np.ndarray:
@@ -91,3 +91,17 @@ def test_short_episodes_are_named(tmp_path, capsys):
     assert "note: 1 episodes of" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"its longest episode has 10 rows, --window 11 needs as many"):
         SequenceBuffer(dataset, 8, 11)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+@pytest.mark.parametrize("buffer_device", ["cpu", "cuda"])
+def test_batches_on_cuda_are_those_of_the_cpu(tmp_path, device, buffer_device):
+    dataset = Dataset(write_set(tmp_path / "set", lengths=(9, 7), size=3))
+    for make in (
+        lambda **where: SequenceBuffer(dataset, 8, 4, **where),
+        lambda **where: TransitionBuffer(dataset, 8, **where),
+    ):
+        here, there = make(), make(device=device, buffer_device=buffer_device)
+        for one, two in zip(here.sample(), there.sample()):
+            assert two.device.type == "cuda" and torch.equal(one, two.cpu())

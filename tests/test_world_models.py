@@ -142,12 +142,18 @@ def test_the_target_is_a_copy_every_so_often(train):
 def test_the_second_phase_may_start_from_another_runs_model(algo, train):
     assert train(algo, "--agent-steps", 0, "--tag", "model") is None
     donor = train.folder(algo, "model-seed0")
-    assert train(algo, "--model-from", donor, "--penalty-coef", 1) is None
-    ours, theirs = weights_of(train.folder(algo)), weights_of(donor)
+    error = train(algo, "--model-from", donor)
+    assert isinstance(error, UserError) and "also give a --tag" in str(error)
+    assert train(algo, "--model-from", donor, "--penalty-coef", 1, "--tag", "two") is None
+    run = train.folder(algo, "two-seed0")
+    ours, theirs = weights_of(run), weights_of(donor)
     for name, value in theirs.items():
         if name.startswith("model."):
             assert torch.equal(ours[name], value)
-    assert not (train.folder(algo) / "model.csv").exists() and len(rows_of(train.folder(algo), "agent")) == 6
+    assert not (run / "model.csv").exists() and len(rows_of(run, "agent")) == 6
+    assert isinstance(train(algo, "--model-from", donor, "--tag", "again", crash=3), KeyboardInterrupt)
+    donor = donor.rename(donor.with_name("elsewhere"))  # a run that is under way needs it no more
+    assert train(algo, "--model-from", donor.with_name("model-seed0"), "--tag", "again") is None
     assert isinstance(train(algo, "--tag", "unfinished", crash=8), KeyboardInterrupt)  # in its second phase
     assert train(algo, "--model-from", train.folder(algo, "unfinished-seed0"), "--tag", "three") is None
     assert isinstance(train(algo, "--tag", "early", crash=3), KeyboardInterrupt)
