@@ -3,6 +3,7 @@
 What it shares with Offline DV2 word for word (priors, optimiser, decoder's first layer) is tested there."""
 
 import math
+import shutil
 
 import lompo
 import numpy as np
@@ -388,6 +389,7 @@ def test_gradients_in_bf16_are_near_those_in_fp32():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on the CPU needs g++")
 @pytest.mark.parametrize("phase", ["model", "agent"])
 def test_compiled_losses_equal_eager_ones(phase, dataset):
     """Where nothing is drawn: means instead of samples, one prior."""

@@ -4,6 +4,7 @@ Small networks on real shapes of images (64 px, which the decoder fixes), one CP
 
 import functools
 import math
+import shutil
 
 import numpy as np
 import offline_dv2 as dv2
@@ -632,6 +633,7 @@ def test_bf16_is_near_fp32(phase):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on the CPU needs g++")
 @pytest.mark.parametrize("phase", ["model", "agent"])
 def test_compiled_losses_equal_eager_ones(phase):
     """Where nothing is drawn (compiled code draws other numbers): modes instead of samples."""
