@@ -900,8 +900,9 @@ class SequenceBuffer:
 
 FREE_FLAGS = {"data_dir", "runs_dir", "log_every", "buffer_device", "overwrite", "evaluate"}  # may differ on resume
 GROWING_FLAGS = {"steps", "agent_steps"}  # may grow on resume
-LEAST_FLAGS = {"steps batch_size log_every eval_episodes nstep window horizon ensemble target_every": 1,
-                  "rollout_every": 1, "agent_batch_size": 2, "model_steps agent_steps": 0}  # fmt: skip
+AT_LEAST_1 = ("steps", "batch_size", "log_every", "eval_episodes", "nstep", "window", "horizon", "ensemble",
+              "target_every", "rollout_every")  # fmt: skip
+LEAST = dict.fromkeys(AT_LEAST_1, 1) | {"agent_batch_size": 2, "model_steps": 0, "agent_steps": 0}  # flag -> smallest
 EVAL_SEED = 1_000_000  # evaluation episode i starts from seed EVAL_SEED + i, in every run and at every step
 CHECKPOINT_SECONDS = 300.0
 
@@ -946,10 +947,9 @@ def parse_args(args_class, tuned: dict, quick: dict):
         if not torch.cuda.is_available():
             raise UserError(f"--device {args.device}: there is no CUDA device here; --device cpu")
         torch.cuda.set_device(args.device if ":" in args.device else 0)
-    for names, least in LEAST_FLAGS.items():
-        for name in names.split():
-            if (number := vars(args).get(name)) is not None and number < least:
-                raise UserError(f"--{name.replace('_', '-')} {number}: at least {least}")
+    for name, least in LEAST.items():
+        if (number := vars(args).get(name)) is not None and number < least:
+            raise UserError(f"--{name.replace('_', '-')} {number}: at least {least}")
     if args.accelerate == "auto":
         args.accelerate = "eager"  # until compile and graph are measured to be faster and equal
     if args.precision == "auto":

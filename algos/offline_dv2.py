@@ -489,8 +489,10 @@ class Optimizer:
         return self.state or {}
 
     def load_state_dict(self, state: dict) -> None:
-        move = lambda value: value.to(self.params[0].device)  # noqa: E731
-        self.state = {name: [*map(move, x)] if isinstance(x, list) else move(x) for name, x in state.items()} or None
+        device = self.params[0].device
+        self.state = {
+            name: [part.to(device) for part in x] if isinstance(x, list) else x.to(device) for name, x in state.items()
+        } or None
 
 
 class Agent(nn.Module):

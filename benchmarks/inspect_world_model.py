@@ -99,7 +99,7 @@ def write_film(path: Path, frames: np.ndarray) -> None:
 
 @torch.no_grad()
 def errors(agent, batch, context: int) -> dict:
-    """Of images (mean square per value, in 255ths) and rewards, filtered, and open loop after `context` rows."""
+    """Of images (root mean square per value, in 255ths) and rewards, filtered, and open loop after `context` rows."""
     found = {}
     truth = batch.image.float().div(255).sub(0.5)
     for name in ("filtered", "open_loop"):
