@@ -1354,7 +1354,7 @@ def load_model(args, dataset: Dataset, flags: tuple[str, ...], prefix: str = "mo
     pairs["algorithm"] = config["algo"], Path(sys.modules["__main__"].__file__).stem
     if changed := ", ".join(f"{name} {old}, here {new}" for name, (old, new) in pairs.items() if old != new):
         raise UserError(f"{flag} has {changed}")
-    step = max([int(folder.name[11:]) for folder in path.glob("checkpoint-*")], default=0)
+    step = max([int(folder.name[11:]) for folder in path.glob("checkpoint-*") if is_whole(folder)], default=0)
     if not (path / "finished.json").exists() and step < there["model_steps"]:
         raise UserError(f"{flag} has not finished its first phase of {there['model_steps']} updates")
     weights = newest_weights(path)

@@ -37,7 +37,6 @@ from torch import Tensor, nn
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside, or one above
 from common import (  # noqa: E402
     EVAL_SEED,
-    Dataset,
     EnvPool,
     SequenceBuffer,
     Sequences,
@@ -215,8 +214,8 @@ class Priors(nn.Module):
         w1, b1, w2, b2 = self.w1, self.b1, self.w2, self.b2
         if member is not None:
             w1, b1, w2, b2 = w1[member], b1[member], w2[member], b2[member]
-        x = F.elu_(torch.matmul(deter, w1) + b1)
-        return (torch.matmul(x, w2) + b2).float()
+        x = F.elu_(torch.baddbmm(b1, deter.expand(len(w1), -1, -1), w1))
+        return torch.baddbmm(b2, x, w2).float()
 
 
 class Normal(NamedTuple):
@@ -427,10 +426,10 @@ class Transitions(NamedTuple):
 class LatentBuffer:
     """Latent states of every row of the set, and a ring of as many imagined transitions as the set has."""
 
-    def __init__(self, dataset: Dataset, buffer: SequenceBuffer, feat_dim: int):
-        device, (first, lengths, _) = buffer.device, dataset.rows()
-        self.buffer, self.device = buffer, device
-        self.first, self.lengths = torch.from_numpy(first), torch.from_numpy(lengths)  # of each episode, in rows
+    def __init__(self, buffer: SequenceBuffer, feat_dim: int):
+        self.buffer, self.device = buffer, (device := buffer.device)
+        self.first = buffer.is_first.nonzero().flatten().cpu()  # row of each episode
+        self.lengths = torch.diff(self.first, append=torch.tensor([buffer.num_rows]))  # in rows
         starts = torch.ones(buffer.num_rows, dtype=torch.bool)
         starts[self.first + self.lengths - 1] = False  # an episode's last row leads nowhere
         self.starts = starts.nonzero().flatten().to(device)
@@ -757,7 +756,7 @@ def main(args: Args) -> None:
                             force_first=args.mask_first_action)  # fmt: skip
     agent = Agent(args, buffer.action_dim).to(args.device)
     update_model, update_agent = (accelerate(agent, name, args) for name in ("update_model", "update_agent"))
-    latent, embeds = LatentBuffer(dataset, buffer, agent.model.feat_dim), None
+    latent, embeds = LatentBuffer(buffer, agent.model.feat_dim), None
     parts = {"agent": agent, "buffer": buffer, "latent": latent}
     step = run.load_checkpoint(**parts)  # 0 for a new run
     if args.model_from and step == 0:

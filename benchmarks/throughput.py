@@ -182,7 +182,7 @@ def measure_world(table: Table, args: Args, dataset: Dataset) -> None:
                 for phase, value in world_seconds(file.stem, precision, how, args, dataset).items():
                     known = args.device == "cpu" and args.windows == 8 and not args.quick
                     other = RELEASED_WORLD.get((file.stem, phase)) if known else None
-                    what = f"{file.stem} {phase}, {args.windows} x 50, {precision}, {how}"
+                    what = f"{file.stem} {phase}, {args.windows} x {5 if args.quick else 50}, {precision}, {how}"
                     table.add("world", what, value, "s/update", 1 / value, other)
 
 
@@ -203,7 +203,7 @@ def world_seconds(algo: str, precision: str, how: str, args: Args, dataset: Data
         return update(batch, embeds[batch.row])
 
     if hasattr(module, "LatentBuffer"):
-        latent = module.LatentBuffer(dataset, buffer, agent.model.feat_dim)
+        latent = module.LatentBuffer(buffer, agent.model.feat_dim)
         module.generate(agent, latent, buffer, embeds, 0)
         found["agent"] = seconds_per_call(lambda: update(latent.sample(run_args.agent_batch_size)), args, args.device)
     else:

@@ -39,7 +39,7 @@ def made(dataset):
     """agent, sequence buffer, latent buffer, embeddings."""
     agent = make_agent()
     buffer = common.SequenceBuffer(dataset, 2, 5)
-    return agent, buffer, lompo.LatentBuffer(dataset, buffer, agent.model.feat_dim), agent.embed_set(buffer)
+    return agent, buffer, lompo.LatentBuffer(buffer, agent.model.feat_dim), agent.embed_set(buffer)
 
 
 # ---- sizes and initial weights ----
@@ -263,7 +263,7 @@ def test_the_schedule_of_what_is_generated(made, dataset):
     assert latent.written == 150 and latent.refreshed == 2
     changed = (latent.real != real).any(1).nonzero().flatten().tolist()
     assert changed == list(range(23))  # the first two episodes were drawn anew
-    twin = lompo.LatentBuffer(dataset, buffer, agent.model.feat_dim)
+    twin = lompo.LatentBuffer(buffer, agent.model.feat_dim)
     twin.load_state_dict(latent.state_dict())
     torch.manual_seed(4)
     one = latent.sample(8)
