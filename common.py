@@ -95,13 +95,14 @@ def choose_gl() -> str:
 class Renderer:
     """One GL context and scene for the life of an environment (physics.render makes new ones each call).
 
-    quality: a key of RENDER_QUALITY, applied to `model.vis` before the context is made."""
+    model, data: mujoco's. camera: number of one of the model's, or a free mujoco.MjvCamera. quality: a key of
+    RENDER_QUALITY, applied to `model.vis` before the context is made."""
 
-    def __init__(self, physics, size: int, camera: int, quality: str):
+    def __init__(self, model, data, size: int, camera, quality: str):
         import mujoco
 
-        self.mujoco, self.model, self.data, self.size = (mujoco, physics.model.ptr, physics.data.ptr, size)
-        vis = self.model.vis
+        self.mujoco, self.model, self.data, self.size = mujoco, model, data, size
+        vis = model.vis
         vis.global_.offwidth = vis.global_.offheight = size
         if RENDER_QUALITY[quality] is not None:
             vis.quality.shadowsize, vis.quality.numstacks = RENDER_QUALITY[quality]
@@ -109,8 +110,10 @@ class Renderer:
         self.context.make_current()
         self.scene = mujoco.MjvScene(self.model, maxgeom=10_000)
         self.option, self.rect = mujoco.MjvOption(), mujoco.MjrRect(0, 0, size, size)
-        self.camera = mujoco.MjvCamera()
-        self.camera.fixedcamid, self.camera.type = camera, mujoco.mjtCamera.mjCAMERA_FIXED
+        self.camera = camera
+        if isinstance(camera, int):
+            self.camera = mujoco.MjvCamera()
+            self.camera.fixedcamid, self.camera.type = camera, mujoco.mjtCamera.mjCAMERA_FIXED
         self.gpu = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_150.value)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self.gpu)
         self.pixels = np.empty((size, size, 3), np.uint8)
@@ -141,17 +144,12 @@ class DMCEnv:
 
     obs (3 * frame_stack, S, S) uint8, or the proprioceptive state (D,) float32 where size is None.
     action (A,) in [-1, 1], scaled to the task's own bounds. reward: sum over the repeats, in [0, 2].
-    reset(seed) starts the episode that this seed names, whatever happened before."""
+    reset(seed) starts the episode that this seed names, whatever happened before. episode_steps: its length in
+    actions, None for the task's own (500 in most)."""
 
     ACTION_REPEAT = 2
 
-    def __init__(self, task: str, size: int | None, frame_stack: int, seed: int, render: str):
-        if size is None:
-            os.environ.setdefault("MUJOCO_GL", "off")  # states only: importing dm_control needs no GL
-        elif os.environ.get("MUJOCO_GL", "").lower() in ("", "off"):
-            os.environ.pop("MUJOCO_GL", None)
-            if sys.platform != "darwin":
-                os.environ["MUJOCO_GL"] = choose_gl()
+    def __init__(self, task: str, size: int | None, frame_stack: int, seed: int, render: str, episode_steps=None):
         from dm_control import suite
 
         domain, _, name = task.partition("-")
@@ -162,15 +160,16 @@ class DMCEnv:
         self.physics, self.task, self.size, self.frame_stack = (self.env.physics, task, size, frame_stack)
         spec = self.env.action_spec()
         self.low, self.high, self.action_dim = spec.minimum, spec.maximum, spec.shape[0]
-        self.renderer = None
+        self.episode_steps, self.steps, self.renderer = episode_steps, 0, None
         if size is not None:
-            self.renderer = Renderer(self.physics, size, camera=2 if domain == "quadruped" else 0, quality=render)
+            model, data = self.physics.model.ptr, self.physics.data.ptr
+            self.renderer = Renderer(model, data, size, camera=2 if domain == "quadruped" else 0, quality=render)
 
     def reset(self, seed: int | None = None) -> tuple[np.ndarray, dict]:
         """Returns obs and info {"state": (D,) float32}."""
         if seed is not None:
             self.env.task._random = np.random.RandomState(seed)  # dm_control draws the initial state from it
-        observation = self.env.reset().observation
+        observation, self.steps = self.env.reset().observation, 0
         self.frames = [self.renderer.render()] * self.frame_stack if self.renderer else []
         return self._observe(observation)
 
@@ -186,8 +185,10 @@ class DMCEnv:
         if self.renderer:
             self.frames = [*self.frames[1:], self.renderer.render()]
         obs, info = self._observe(time_step.observation)
+        self.steps += 1
         terminal = time_step.last() and time_step.discount == 0.0
-        return obs, reward, terminal, time_step.last() and not terminal, info
+        over = time_step.last() or self.steps == self.episode_steps
+        return obs, reward, terminal, over and not terminal, info
 
     def action_size(self) -> int:
         return self.action_dim
@@ -218,10 +219,29 @@ class DMCEnv:
         return (np.concatenate(self.frames) if self.renderer else state), {"state": state}
 
 
-def make_env(task: str, size: int | None = 84, frame_stack: int = 3, seed: int = 0, render: str = "fast") -> DMCEnv:
-    """A seeded environment. task: "domain-task"; size: pixels per side, None for states instead of frames;
-    render: a key of RENDER_QUALITY. Raises UserError for an unknown task or without GL."""
-    return DMCEnv(task, size, frame_stack, seed, render)
+MANIPULATION = ("metaworld-", "kitchen-", "adroit-")  # tasks of manipulation.py
+
+
+def make_env(task: str, size: int | None = 84, frame_stack: int = 3, seed: int = 0, render: str = "fast",
+             episode_steps: int | None = None):  # fmt: skip
+    """A seeded environment, DMCEnv's interface. task: "domain-task", or one of manipulation.py; size: pixels per side,
+    None for states instead of frames; render: a key of RENDER_QUALITY; episode_steps: None for the task's own.
+    Raises UserError for an unknown task, without GL, or without the packages of a manipulation task."""
+    if size is None:
+        os.environ.setdefault("MUJOCO_GL", "off")  # states only: importing mujoco needs no GL
+    elif os.environ.get("MUJOCO_GL", "").lower() in ("", "off"):
+        os.environ.pop("MUJOCO_GL", None)
+        if sys.platform != "darwin":
+            os.environ["MUJOCO_GL"] = choose_gl()
+    if not task.startswith(MANIPULATION):
+        return DMCEnv(task, size, frame_stack, seed, render, episode_steps)
+    try:
+        from manipulation import ManipulationEnv
+
+        return ManipulationEnv(task, size, frame_stack, seed, render, episode_steps)
+    except ModuleNotFoundError as error:
+        how = "pip install -r requirements-manipulation.txt, in a full checkout"
+        raise UserError(f"--task {task} needs {error.name}: {how}") from None
 
 
 def _worker(connection, gl: str, kwargs: dict, count: int) -> None:
@@ -251,12 +271,14 @@ class EnvPool:
     Workers are forked from a freshly executed server that imported this file and dm_control once; they neither
     import the calling script nor touch CUDA, render with LP_NUM_THREADS=0 (one thread each: two
     workers then scale by 2.0) and end with their parent, however it ends. An exception in a worker is raised
-    here with its traceback. `done` (count,) bool marks finished episodes; those get reward 0 and keep their obs."""
+    here with its traceback. `done` (count,) bool marks finished episodes; those get reward 0 and keep their obs.
+    `success` (count,) bool: whether the task, if it is one that says so, was solved at some step of the episode."""
 
-    def __init__(self, task, size, count, frame_stack=3, render="fast", workers=None):
+    def __init__(self, task, size, count, frame_stack=3, render="fast", workers=None, episode_steps=None):
         workers = min(count, workers or cores())
         gl = "off" if size is None else choose_gl()
         kwargs = {"task": task, "size": size, "frame_stack": frame_stack, "render": render}
+        kwargs["episode_steps"] = episode_steps
         shares = [count // workers + (i < count % workers) for i in range(workers)]
         self.bounds = np.cumsum([0, *shares])
         context = multiprocessing.get_context("forkserver")
@@ -272,7 +294,7 @@ class EnvPool:
                 theirs.close()
                 self.pipes.append(pipe)
                 self.processes.append(process)
-        self.count, self.done = count, np.ones(count, bool)
+        self.task, self.count, self.done, self.success = task, count, np.ones(count, bool), np.zeros(count, bool)
         self.close = weakref.finalize(self, self._close, self.pipes, self.processes)
         multiprocessing.util.Finalize(None, self.close, exitpriority=1)  # before daemons get a SIGTERM and are joined
 
@@ -298,7 +320,7 @@ class EnvPool:
         """Starts episode seeds[i] in environment i. Returns obs (count, C, S, S) uint8; infos in self.infos."""
         results = self.call("reset", [(int(seed),) for seed in seeds])
         self.obs, self.infos = np.stack([obs for obs, _ in results]), [info for _, info in results]
-        self.done = np.zeros(self.count, bool)
+        self.done, self.success = np.zeros(self.count, bool), np.zeros(self.count, bool)
         return self.obs
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -310,7 +332,15 @@ class EnvPool:
         for i in np.flatnonzero(active):
             self.obs[i], reward[i], terminal[i], timeout, self.infos[i] = results[i]
             self.done[i] = terminal[i] or timeout
+            self.success[i] |= self.infos[i].get("success", False)
         return self.obs, reward, terminal
+
+    def summary(self, returns: np.ndarray) -> dict:
+        """What an evaluation logs: the score, which is the mean return, on dm_control a tenth of it as in V-D4RL; for
+        manipulation the percentage of successes; returns (count,)."""
+        if not self.task.startswith(MANIPULATION):
+            return {"score": returns.mean() / 10, "return": returns.tolist()}
+        return {"score": returns.mean(), "success": 100 * self.success.mean(), "return": returns.tolist()}
 
     @staticmethod
     def _close(pipes, processes) -> None:
@@ -343,7 +373,7 @@ def _for_workers(**environment: str):
 # zeros. So a transition is (image[t], action[t+1], reward[t+1], discount[t+1], image[t+1]), and an episode of T
 # steps has T+1 rows. discount is 0 after a terminal step, else 1 (a time limit is no terminal).
 
-STANDARD_SETS = ("random", "mixed", "medium", "medexp", "expert")
+STANDARD_SETS = ("random", "mixed", "medium", "medexp", "expert", "demos", "partial")
 STANDARD_TRANSITIONS = {("cheetah-run", "mixed"): 200_000, ("humanoid-walk", "mixed"): 600_000}  # else as below
 ARRAYS = {"image": np.uint8, "action": np.float32, "reward": np.float32, "discount": np.float32, "episode": np.int64}
 HEADER = 128  # bytes before the rows of a .npy file
@@ -373,10 +403,11 @@ class Part:
 
     def check_values(self) -> None:
         """Actions in [-1, 1], rewards finite, discounts in [0, 1]; raises UserError that names the first bad row."""
+        most = 4 if self.meta["task"].startswith("kitchen-") else 2
         bad = {
             "action": ~(np.abs(self.action) <= 1 + 1e-6).all(1),
             "reward": ~np.isfinite(self.reward)
-            | (self.meta["source"] != "own") & ~((self.reward >= 0) & (self.reward <= 2)),
+            | (self.meta["source"] != "own") & ~((self.reward >= 0) & (self.reward <= most)),
             "discount": ~((self.discount >= 0) & (self.discount <= 1)),
         }
         for name, rows in bad.items():
@@ -464,8 +495,8 @@ def default_data_dir() -> str:
 
 
 def standard_transitions(task: str, name: str) -> int:
-    """The size of the published set (V-D4RL Table 5)."""
-    return STANDARD_TRANSITIONS.get((task, name), 200_000 if name == "medexp" else 100_000)
+    """The size of the published set (V-D4RL Table 5; demos: MOTO's, arXiv:2401.03306 Appendix C.2)."""
+    return STANDARD_TRANSITIONS.get((task, name), {"medexp": 200_000, "demos": 1_000}.get(name, 100_000))
 
 
 def set_folder(data_dir, source, task, name, size, transitions=None, seed=0) -> Path:
@@ -1236,8 +1267,10 @@ class Run:
         summary = {"steps": step, "wall_s": round(self.wall_s(), 1)}
         if (self.path / "eval.csv").exists():
             with open(self.path / "eval.csv", newline="") as handle:
-                scores = [float(row["score"]) for row in csv.DictReader(handle)]
-            summary |= {"score_last": round(scores[-1], 2), "score_late_mean": round(late_mean(scores), 2)}
+                rows = list(csv.DictReader(handle))
+            for name in ("score", "success") if "success" in rows[0] else ("score",):
+                values = [float(row[name]) for row in rows]
+                summary |= {f"{name}_last": round(values[-1], 2), f"{name}_late_mean": round(late_mean(values), 2)}
         write_atomically(self.path / "finished.json", json.dumps(summary))
         for old in self._checkpoints():
             shutil.rmtree(old)

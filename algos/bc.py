@@ -245,7 +245,7 @@ def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.nda
         obs, reward, _ = pool.step(action.cpu().numpy())  # reward is 0 where the episode is over
         returns += reward
     agent.train()
-    return {"score": returns.mean() / 10, "return": returns.tolist()}, frames
+    return pool.summary(returns), frames
 
 
 def evaluate_run(args: Args) -> None:

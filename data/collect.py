@@ -3,10 +3,12 @@
     python data/collect.py --task walker-walk --dataset medium              # 100K transitions, 84 px, 2.1 GB
     python data/collect.py --task cheetah-run --dataset medexp --size 64    # medium and expert, two folders
     python data/collect.py --task walker-walk --dataset mixed --stats-only  # the returns, without rendering
+    python data/collect.py --task metaworld-drawer-open --dataset demos --size 64   # 10 demonstrations, for moto.py
 
 random: uniform actions. medium, expert: actions sampled from the actors in data/policies/<task>/. medexp: both of
 these, listed by a meta.json. mixed: the first transitions of the SAC replay, re-simulated from its recorded
-actions; a full physics state every 50 steps keeps the last bits of another processor from adding up.
+actions; a full physics state every 50 steps keeps the last bits of another processor from adding up. demos:
+successful episodes of Meta-World's scripted policies, as in MOTO (2401.03306), going on after success.
 Every episode is a function of (set, seed, episode index) alone: not of --workers, --size or an interruption."""
 
 import json
@@ -14,6 +16,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +33,7 @@ from common import (  # noqa: E402
     cores,
     default_data_dir,
     lock_file,
+    make_env,
     one_line_errors,
     progress_bar,
     read_meta,
@@ -43,6 +47,7 @@ from common import (  # noqa: E402
 POLICIES = Path(__file__).resolve().parent / "policies"
 PARTS = ("medium", "expert")  # of medexp
 EPISODE, STATE_EVERY, GRID = 500, 50, 32767  # as in train_sac.py
+DEMO_STEPS = 100  # of a Meta-World episode
 
 # V-D4RL Table 5: mean, std, min, P25, median, P75, max of the episode returns.
 TABLE_5 = {
@@ -62,14 +67,21 @@ TABLE_5 = {
     ("humanoid-walk", "medexp"): (715.9, 146.1, 526.5, 572.9, 620.6, 877.4, 889.8),
     ("humanoid-walk", "expert"): (858.1, 42.4, 631.8, 846.4, 877.6, 885.5, 889.8),
 }
+# MOTO Table 1: mean return of the demonstrations, all of which succeed.
+MOTO_TABLE_1 = {
+    "metaworld-assembly": 36.0, "metaworld-bin-picking": 20.9, "metaworld-box-close": 25.3,
+    "metaworld-coffee-push": 36.2, "metaworld-disassemble": 31.6, "metaworld-door-open": 15.2,
+    "metaworld-drawer-open": 48.0, "metaworld-hammer": 63.3, "metaworld-plate-slide": 71.1,
+    "metaworld-window-open": 60.5,
+}  # fmt: skip
 
 
 @dataclass
 class Args:
-    task: str = "walker-walk"  # any dm_control domain-task for random; else one with a folder in data/policies/
-    dataset: Literal["random", "mixed", "medium", "medexp", "expert"] = "medium"
+    task: str = "walker-walk"  # any for random; metaworld-* for demos; else one with a folder in data/policies/
+    dataset: Literal["random", "mixed", "medium", "medexp", "expert", "demos"] = "medium"
     size: int = 84  # pixels per side: 84 for bc, drq_bc, cql; 64 for the world models
-    transitions: int | None = None  # None: the published size, 100,000 in most sets
+    transitions: int | None = None  # None: the published size, 100,000 in most sets, 1,000 of demos
     seed: int = 0  # of initial states and sampled actions
     workers: int | None = None  # processes; None: one per core
     render: Literal["fast", "reference"] = "fast"  # fast: 2.3x the frames per second, nearly the same pixels
@@ -141,6 +153,39 @@ class Sampled:
         return np.stack([self.policy.act(info["state"], rng) for info, rng in zip(pool.infos, self.rngs)])
 
 
+class Demonstrated:
+    """Those episodes of a scripted policy that come to a success. Which ones, the physics alone has shown before."""
+
+    def __init__(self, args: Args, name: str, total: int, pool: EnvPool):
+        if not args.task.startswith("metaworld-"):
+            raise UserError(f"--dataset demos: there are scripted policies for metaworld-<task>, not for {args.task}")
+        self.action_dim = pool.call("action_size", [()] * pool.count)[0]
+        from metaworld.policies import ENV_POLICY_MAP
+
+        warnings.filterwarnings("ignore", module="metaworld.policies")  # that it clips actions, as we do
+        self.policy = ENV_POLICY_MAP[f"{args.task.removeprefix('metaworld-')}-v3"]()
+        env, self.seeds, tried = make_env(args.task, size=None), [], 0
+        while len(self.seeds) < total:
+            seed = int(rng_of(name, args.seed, tried).integers(2**31))
+            info, solved, tried = env.reset(seed)[1], False, tried + 1
+            for _ in range(DEMO_STEPS):
+                info = env.step(self.act(info["state"]))[-1]
+                solved |= info["success"]
+            self.seeds += [seed] if solved else []
+            if tried == 20 + 10 * total:
+                raise UserError(f"--task {args.task}: {len(self.seeds)} of {tried} scripted episodes succeed")
+        print(f"{total} of the first {tried} scripted episodes succeed")
+
+    def act(self, state: np.ndarray) -> np.ndarray:
+        return np.clip(self.policy.get_action(state.astype(np.float64)), -1, 1).astype(np.float32)
+
+    def start(self, pool: EnvPool, episodes: list[int]) -> None:
+        pool.reset([self.seeds[e] for e in episodes])
+
+    def actions(self, pool: EnvPool, episodes: list[int], t: int) -> np.ndarray:
+        return np.stack([self.act(info["state"]) for info in pool.infos])
+
+
 class Recorded:
     """Episodes of mixed.npz: seed (E,), action (E, T, A) int16, physics (E, T / 50, n), ret (E,)."""
 
@@ -167,14 +212,15 @@ class Recorded:
 
 def collect(args: Args, name: str, transitions: int, folder: Path) -> np.ndarray:
     """Makes one set, or under --stats-only its returns alone. Returns the episode returns (E,)."""
-    total = -(-transitions // EPISODE)
+    total = -(-transitions // episode_length(args.task))
     if args.stats_only:
         return rollouts(args, name, total, None)
     if not (folder / "meta.json").exists():
-        needed = total * (EPISODE + 1) * 3 * args.size**2
+        steps = episode_length(args.task)
+        needed = total * (steps + 1) * 3 * args.size**2
         workers = args.workers or cores()
         print(f"{folder}: {total} episodes, {needed / 1e9:.2f} GB, {workers} workers; "
-              f"about {total * EPISODE / 130 / workers / 60:.0f} min without a GPU")  # fmt: skip
+              f"about {total * steps / 130 / workers / 60:.0f} min without a GPU")  # fmt: skip
         folder.parent.mkdir(parents=True, exist_ok=True)
         missing = needed - sum(f.stat().st_size for f in folder.glob("*.npy"))
         free = shutil.disk_usage(folder.parent).free
@@ -188,8 +234,13 @@ def collect(args: Args, name: str, transitions: int, folder: Path) -> np.ndarray
     return np.array(meta["episode_returns"])
 
 
+def episode_length(task: str) -> int:
+    return DEMO_STEPS if task.startswith("metaworld-") else EPISODE
+
+
 def recipe_of(args: Args, name: str, episodes: int) -> dict:
-    policy = None if name == "random" else zlib.crc32(policy_file(args.task, name).read_bytes())
+    shipped = name not in ("random", "demos")
+    policy = zlib.crc32(policy_file(args.task, name).read_bytes()) if shipped else None
     return {"seed": args.seed, "episodes": episodes, "action_repeat": 2, "policy": policy}
 
 
@@ -197,7 +248,7 @@ def rollouts(args: Args, name: str, total: int, folder: Path | None) -> np.ndarr
     """All episodes of a set, one per environment at a time; written in order where `folder` is given."""
     workers = args.workers or cores()
     pool = EnvPool(args.task, args.size if folder else None, min(total, workers), frame_stack=1, render=args.render)
-    source = (Recorded if name == "mixed" else Sampled)(args, name, total, pool)
+    source = {"mixed": Recorded, "demos": Demonstrated}.get(name, Sampled)(args, name, total, pool)
     if folder is None:
         returns = np.array([rewards.sum() for _, _, rewards in episodes_of(source, pool, range(total), args)])
     else:
@@ -220,21 +271,22 @@ def rollouts(args: Args, name: str, total: int, folder: Path | None) -> np.ndarr
 
 def episodes_of(source, pool: EnvPool, episodes: range, args: Args):
     """Yields frames (T+1, S, S, 3), actions (T, A), rewards (T,) of each episode, in order."""
-    bar = progress_bar(len(episodes) * EPISODE, 0, "step")
+    steps = episode_length(args.task)
+    bar = progress_bar(len(episodes) * steps, 0, "step")
     for first in range(episodes.start, episodes.stop, pool.count):
         batch = list(range(first, min(first + pool.count, episodes.stop)))
         real = len(batch)
         batch += [batch[-1]] * (pool.count - real)  # the last round repeats an episode and drops it
         source.start(pool, batch)
         frames, actions, rewards = [pool.obs], [], []
-        for t in range(EPISODE):
+        for t in range(steps):
             actions.append(source.actions(pool, batch, t))
             obs, reward, _ = pool.step(actions[-1])
             frames.append(obs)
             rewards.append(reward)
-            if pool.done.any() and t < EPISODE - 1:
+            if pool.done.any() and t < steps - 1:
                 raise UserError(
-                    f"--task {args.task}: its episodes end before {EPISODE} steps; no set is made of such tasks"
+                    f"--task {args.task}: its episodes end before {steps} steps; no set is made of such tasks"
                 )
             bar.update(real)
         for i in range(real):
@@ -246,20 +298,23 @@ def episodes_of(source, pool: EnvPool, episodes: range, args: Args):
 
 def print_statistics(task: str, name: str, returns: np.ndarray) -> None:
     ours = return_statistics(returns)
-    print(f"{task} {name}: {len(returns)} episodes, returns beside V-D4RL's Table 5")
+    published = "MOTO's Table 1" if task in MOTO_TABLE_1 else "V-D4RL's Table 5"
+    print(f"{task} {name}: {len(returns)} episodes, returns beside {published}")
     print("        " + "".join(f"{key:>8}" for key in ours))
     print("   made " + "".join(f"{value:8.1f}" for value in ours.values()))
     if (task, name) in TABLE_5:
         print("  paper " + "".join(f"{value:8.1f}" for value in TABLE_5[task, name]))
+    if name == "demos" and task in MOTO_TABLE_1:
+        print(f"  paper {MOTO_TABLE_1[task]:8.1f}")
 
 
 def main(args: Args) -> None:
     args.data_dir = args.data_dir or default_data_dir()
     start = time.time()
-    least = EPISODE * (2 if args.dataset == "medexp" else 1)
+    least = episode_length(args.task) * (2 if args.dataset == "medexp" else 1)
     if args.transitions is not None and args.transitions < least:
         each = " of each part" if args.dataset == "medexp" else ""
-        raise UserError(f"--transitions {args.transitions}: at least one episode of {EPISODE}{each}")
+        raise UserError(f"--transitions {args.transitions}: at least one episode of {episode_length(args.task)}{each}")
 
     def folder(name, transitions):
         return set_folder(args.data_dir, "made", args.task, name, args.size, transitions, args.seed)

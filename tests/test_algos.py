@@ -654,7 +654,7 @@ def test_evaluate_plays_the_mean_action_on_its_own_seeds(module):
     class Pool:
         """Three episodes of 2, 3 and 4 steps; the reward is 1 a step and 0 once an episode is over."""
 
-        count, lengths = 3, np.array([2, 3, 4])
+        task, count, lengths, summary = "walker-walk", 3, np.array([2, 3, 4]), common.EnvPool.summary
 
         def reset(self, seeds):
             self.seeds, self.t, self.done = list(seeds), 0, np.zeros(3, bool)

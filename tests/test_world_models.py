@@ -198,7 +198,7 @@ def test_a_loss_that_is_not_finite_is_named_and_the_checkpoint_kept(algo, train,
 class Pool:
     """Three episodes of four steps; what is seen and rewarded does not depend on much."""
 
-    count = 3
+    task, count, summary = "walker-walk", 3, common.EnvPool.summary
 
     def reset(self, seeds):
         self.t, self.done, self.rng = 0, np.zeros(3, bool), np.random.default_rng(0)
