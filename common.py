@@ -193,6 +193,10 @@ class DMCEnv:
     def action_size(self) -> int:
         return self.action_dim
 
+    def clock(self) -> tuple[int, int]:
+        """Actions in an episode, simulation steps in an action."""
+        return self.episode_steps or -(-int(self.env._step_limit) // self.ACTION_REPEAT), self.ACTION_REPEAT
+
     def get_state(self) -> np.ndarray:
         """Everything the next steps depend on (mjSTATE_INTEGRATION), (n,) float64."""
         import mujoco
@@ -636,12 +640,7 @@ class DatasetWriter:
             raise UserError(f"episode {self.episodes}: frames are {frames.dtype}, expected uint8 in 0..255")
         if not (np.abs(actions) <= 1 + 1e-6).all() or not np.isfinite(rewards).all():
             raise UserError(f"episode {self.episodes}: actions must lie in [-1, 1] and rewards be finite")
-        arrival = {
-            "image": frames.transpose(0, 3, 1, 2),
-            "action": np.concatenate([np.zeros((1, action_dim)), actions]),
-            "reward": np.concatenate([[0.0], rewards]),
-            "discount": np.concatenate([np.ones(len(actions)), [0.0 if terminal else 1.0]]),
-        }
+        arrival = arrival_rows(frames.transpose(0, 3, 1, 2), actions, rewards, terminal)
         with _plain_errors(self.path):
             for name, rows in arrival.items():
                 self.files[name].write(np.ascontiguousarray(rows, self.rows[name][1]).data)
@@ -673,6 +672,48 @@ class DatasetWriter:
         write_meta(self.path, self.meta)
         for leftover in ("recipe.json", "progress.bin"):
             (self.path / leftover).unlink()
+
+
+def arrival_rows(images: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminal: bool) -> dict:
+    """An episode of T steps as T+1 rows. images (T+1, 3, S, S), actions (T, A), rewards (T,)."""
+    return {
+        "image": images,
+        "action": np.concatenate([np.zeros_like(actions[:1]), actions]),
+        "reward": np.concatenate([[0.0], rewards]),
+        "discount": np.concatenate([np.ones(len(actions)), [0.0 if terminal else 1.0]]),
+    }
+
+
+class OnlineSet:
+    """Episodes that a run collects, in its folder: arrays as in a set, all of their space taken at once. lengths: rows
+    of the episodes that count; what lies beyond them is overwritten.
+
+    Raises UserError where the disk has no room."""
+
+    def __init__(self, path: Path, rows: int, size: int, action_dim: int):
+        self.path, self.rows, self.lengths = path, rows, []
+        shapes = {"image": (3, size, size), "action": (action_dim,), "reward": (), "discount": ()}
+        with _plain_errors(path):
+            path.mkdir(parents=True, exist_ok=True)
+            for name, shape in shapes.items():
+                dtype = np.dtype(ARRAYS[name])
+                with open(os.open(path / f"{name}.npy", os.O_RDWR | os.O_CREAT), "r+b") as file:
+                    _write_header(file, dtype, (rows, *shape))
+                    file.flush()
+                    end = HEADER + rows * int(np.prod(shape)) * dtype.itemsize
+                    getattr(os, "posix_fallocate", lambda handle, _, end: os.truncate(handle, end))(
+                        file.fileno(), 0, end
+                    )
+                setattr(self, name, np.load(path / f"{name}.npy", mmap_mode="r+"))
+
+    def add(self, images: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminal: bool) -> None:
+        """One episode: images (T+1, 3, S, S) uint8, actions (T, A), rewards (T,)."""
+        first, count = sum(self.lengths), len(images)
+        for name, rows in arrival_rows(images, actions, rewards, terminal).items():
+            array = getattr(self, name)
+            array[first : first + count] = rows
+            array.flush()
+        self.lengths.append(count)
 
 
 def write_meta(path: Path, meta: dict) -> None:
@@ -751,12 +792,13 @@ class Batch(NamedTuple):
 
 
 class Frames:
-    """Every image row of a set, its parts one after another: in the memory map, or on the GPU if they fit."""
+    """Every image row of a set, its parts one after another, then of an online set: in the memory map, or on the GPU
+    if they fit."""
 
-    def __init__(self, dataset: Dataset, device: torch.device, buffer_device: str):
+    def __init__(self, dataset: Dataset, device: torch.device, buffer_device: str, online: OnlineSet | None = None):
         self.device = device
         with warnings.catch_warnings(action="ignore"):  # torch notes that the map is read-only: nothing writes to it
-            self.images = [torch.from_numpy(part.image) for part in dataset.parts]
+            self.images = [torch.from_numpy(part.image) for part in (*dataset.parts, *([online] if online else []))]
         self.bounds = np.cumsum([0, *(len(image) for image in self.images)]).tolist()  # first global row of each part
         self.on_gpu = self._fits(buffer_device)
         if self.on_gpu:
@@ -781,6 +823,11 @@ class Frames:
         for image, start, low, high in zip(self.images, self.bounds, cuts[:-1], cuts[1:]):
             torch.index_select(image, 0, rows[low:high] - start, out=out[low:high])
         return out.to(self.device, non_blocking=True)
+
+    def refresh(self, first: int, images: np.ndarray) -> None:
+        """Rows from `first` on have become `images` in the memory map."""
+        if self.on_gpu:
+            self.images[0][first : first + len(images)] = torch.from_numpy(images).to(self.device)
 
 
 class TransitionBuffer:
@@ -873,37 +920,59 @@ class SequenceBuffer:
     replacement. Every row of an episode that is long enough is in some window, the last one too.
 
     force_first: is_first also on a window's own first row, so that no unknown past and no action that led there
-    counts; without it an episode's first row alone has it. Frames are held as in TransitionBuffer."""
+    counts; without it an episode's first row alone has it. online: where add() puts further episodes; they come after
+    the set's, num_rows counts the room for them. Frames are held as in TransitionBuffer."""
 
     def __init__(self, dataset: Dataset, batch_size: int, length: int, seed: int = 0, device="cpu",
-                 buffer_device: str = "cpu", force_first: bool = True):  # fmt: skip
-        self.batch_size, self.length, self.force_first = batch_size, length, force_first
+                 buffer_device: str = "cpu", force_first: bool = True, online: OnlineSet | None = None):  # fmt: skip
+        self.batch_size, self.length, self.force_first, self.online = batch_size, length, force_first, online
         self.device = torch.device(device)
-        self.frames = Frames(dataset, self.device, buffer_device)
+        self.frames = Frames(dataset, self.device, buffer_device, online)
         self.action_dim, self.num_rows = dataset.action_dim, self.frames.bounds[-1]
         first_rows, lengths, columns = dataset.rows()
-        self.action, self.reward, self.discount = (
-            torch.from_numpy(column.astype(np.float32)).to(self.device) for column in columns
-        )
-        self.is_first = torch.zeros(self.num_rows, dtype=torch.bool)
-        self.is_first[first_rows] = True
-        self.is_first = self.is_first.to(self.device)
-        usable = lengths >= length
-        if not usable.any():
+        if lengths.max() < length:
             raise UserError(
                 f"{dataset.path}: its longest episode has {lengths.max()} rows, --window {length} needs as many"
             )
-        if not usable.all():
-            short = (~usable).sum()
+        if short := int((lengths < length).sum()):
             print(f"note: {short} episodes of {dataset.path} are shorter than --window {length} and go unused")
-        self.first_rows = torch.from_numpy(first_rows[usable])
-        self.starts = torch.from_numpy(lengths[usable] - length + 1)  # per episode
+        self.action, self.reward, self.discount = (
+            torch.zeros(self.num_rows, *column.shape[1:], device=self.device) for column in columns
+        )
+        self.is_first = torch.zeros(self.num_rows, dtype=torch.bool, device=self.device)
+        self.lengths = torch.zeros(0, dtype=torch.int64)  # rows of every episode
+        self._append(torch.from_numpy(lengths), columns)
         self.generator = torch.Generator().manual_seed(seed)
 
-    def sample(self, images: bool = True) -> Sequences:
-        """images=False leaves them out, for what is computed from `row` instead."""
-        episode = torch.randint(len(self.starts), (self.batch_size,), generator=self.generator)
-        part = torch.rand(self.batch_size, generator=self.generator, dtype=torch.float64)
+    def _append(self, lengths: Tensor, columns) -> None:
+        """Episodes of so many rows, and the action, reward and discount of these rows."""
+        start, count = int(self.lengths.sum()), int(lengths.sum())
+        for ours, column in zip((self.action, self.reward, self.discount), columns):
+            ours[start : start + count] = torch.from_numpy(column.astype(np.float32)).to(self.device)
+        self.is_first[(start + lengths.cumsum(0) - lengths).to(self.device)] = True
+        self.lengths = torch.cat([self.lengths, lengths])
+        usable = self.lengths >= self.length
+        self.first_rows = (self.lengths.cumsum(0) - self.lengths)[usable]
+        self.starts = self.lengths[usable] - self.length + 1  # per episode
+
+    def add(self, images: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminal: bool) -> None:
+        """One episode for the online set: images (T+1, 3, S, S) uint8, actions (T, A), rewards (T,)."""
+        self.online.add(images, actions, rewards, terminal)
+        self._read(len(self.online.lengths) - 1)
+
+    def _read(self, episode: int) -> None:
+        """Takes in an episode of the online set."""
+        count, first = self.online.lengths[episode], sum(self.online.lengths[:episode])
+        rows = slice(first, first + count)
+        self.frames.refresh(int(self.lengths.sum()), self.online.image[rows])
+        columns = (getattr(self.online, name)[rows] for name in ("action", "reward", "discount"))
+        self._append(torch.tensor([count]), columns)
+
+    def sample(self, images: bool = True, count: int | None = None) -> Sequences:
+        """`count` windows, None: batch_size. images=False leaves them out, for what is computed from `row` instead."""
+        count = count or self.batch_size
+        episode = torch.randint(len(self.starts), (count,), generator=self.generator)
+        part = torch.rand(count, generator=self.generator, dtype=torch.float64)
         start = self.first_rows[episode] + (part * self.starts[episode]).long()
         row = start.sort().values[:, None] + torch.arange(self.length)
         return self.gather(row.pin_memory() if self.device.type == "cuda" else row, images)
@@ -921,19 +990,25 @@ class SequenceBuffer:
         return Sequences(image, *columns, is_first, on_device)
 
     def state_dict(self) -> dict:
-        return {"generator": self.generator.get_state()}
+        return {"generator": self.generator.get_state()} | ({"online": self.online.lengths} if self.online else {})
 
     def load_state_dict(self, state: dict) -> None:
+        """Into a new buffer: takes in those episodes of the online set that counted then."""
         self.generator.set_state(state["generator"])
+        if self.online:
+            self.online.lengths = list(state["online"])
+            for episode in range(len(self.online.lengths)):
+                self._read(episode)
 
 
 # ==== Runs ====
 
 FREE_FLAGS = {"data_dir", "runs_dir", "log_every", "buffer_device", "overwrite", "evaluate"}  # may differ on resume
-GROWING_FLAGS = {"steps", "agent_steps"}  # may grow on resume
+GROWING_FLAGS = {"steps", "agent_steps", "online_episodes"}  # may grow on resume
 AT_LEAST_1 = ("steps", "batch_size", "log_every", "eval_episodes", "nstep", "window", "horizon", "ensemble",
-              "target_every", "rollout_every")  # fmt: skip
-LEAST = dict.fromkeys(AT_LEAST_1, 1) | {"agent_batch_size": 2, "model_steps": 0, "agent_steps": 0}  # flag -> smallest
+              "target_every", "rollout_every", "updates_per_episode", "episode_steps")  # fmt: skip
+LEAST = dict.fromkeys(AT_LEAST_1, 1) | {"agent_batch_size": 2}  # flag -> smallest
+LEAST |= dict.fromkeys(("model_steps", "agent_steps", "offline_steps", "online_episodes"), 0)
 EVAL_SEED = 1_000_000  # evaluation episode i starts from seed EVAL_SEED + i, in every run and at every step
 CHECKPOINT_SECONDS = 300.0
 
@@ -1015,7 +1090,8 @@ def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
 
 
 def _tuned_keys(task: str, dataset: str) -> tuple:
-    return ("*", "*"), ("*", dataset), (task, "*"), (task, dataset)
+    suite = task.partition("-")[0] + "-*"  # metaworld-*
+    return ("*", "*"), ("*", dataset), (suite, "*"), (task, "*"), (task, dataset)
 
 
 def one_line_errors(kind, error, trace) -> None:
@@ -1043,7 +1119,8 @@ def evaluation_pool(args, facts: dict, frame_stack: int = 3) -> EnvPool | None:
         )
     elif facts["mujoco"] not in (installed, None):
         print(f"warning: the data was rendered with mujoco {facts['mujoco']}, evaluation renders with {installed}")
-    pool = EnvPool(facts["task"], facts["size"], args.eval_episodes, frame_stack, facts["render"])
+    steps = getattr(args, "episode_steps", None)
+    pool = EnvPool(facts["task"], facts["size"], args.eval_episodes, frame_stack, facts["render"], episode_steps=steps)
     action_dim = pool.call("action_size", [()] * pool.count)[0]  # makes them now: mistakes show before training
     if action_dim != facts["action_dim"]:
         dims = f"{facts['set']} has {facts['action_dim']} action dimensions, {facts['task']} {action_dim}"
@@ -1259,6 +1336,12 @@ class Run:
             print(f"stopped at step {step} with a checkpoint; the same command continues")
             raise SystemExit(128 + self.stop_signal)
 
+    def save_offline(self, agent) -> None:
+        """Keeps the agent as the offline phase leaves it, optimisers included, for another run's --offline-from."""
+        with _plain_errors(self.path):
+            _save(agent.state_dict(), self.path / "offline.tmp")
+            (self.path / "offline.tmp").replace(self.path / "offline.pt")
+
     def _finish(self, step: int, agent: dict) -> None:
         _save(
             {k: v for k, v in agent.items() if not k.endswith("_extra_state")} | {"_extra_state": {}},
@@ -1271,6 +1354,7 @@ class Run:
             for name in ("score", "success") if "success" in rows[0] else ("score",):
                 values = [float(row[name]) for row in rows]
                 summary |= {f"{name}_last": round(values[-1], 2), f"{name}_late_mean": round(late_mean(values), 2)}
+            summary |= {name: int(rows[-1][name]) for name in ("env_steps", "episodes") if name in rows[0]}
         write_atomically(self.path / "finished.json", json.dumps(summary))
         for old in self._checkpoints():
             shutil.rmtree(old)
@@ -1377,6 +1461,26 @@ def load_model(args, dataset: Dataset, flags: tuple[str, ...], prefix: str = "mo
     Raises UserError where RUN has not finished its first phase, or where one of `flags`, the task or the action size
     is another than here."""
     path, flag = Path(args.model_from), f"--model-from {args.model_from}"
+    there = _check_donor(args, flag, path, dataset, flags)
+    step = max([int(folder.name[11:]) for folder in path.glob("checkpoint-*") if is_whole(folder)], default=0)
+    if not (path / "finished.json").exists() and step < there["model_steps"]:
+        raise UserError(f"{flag} has not finished its first phase of {there['model_steps']} updates")
+    weights = newest_weights(path)
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def load_offline(args, dataset: Dataset, flags: tuple[str, ...]) -> dict:
+    """What --offline-from RUN needs: the agent's state_dict() where the offline phase of a run ended, see
+    Run.save_offline. Raises UserError as load_model does."""
+    path, flag = Path(args.offline_from), f"--offline-from {args.offline_from}"
+    there = _check_donor(args, flag, path, dataset, flags)
+    if not (path / "offline.pt").exists():
+        raise UserError(f"{flag} has not finished its offline phase of {there['offline_steps']} updates")
+    return torch.load(path / "offline.pt", map_location="cpu", weights_only=True)
+
+
+def _check_donor(args, flag: str, path: Path, dataset: Dataset, flags: tuple[str, ...]) -> dict:
+    """The args of another run; raises UserError where one that matters is not as here."""
     try:
         config = json.loads((path / "config.json").read_text())
     except FileNotFoundError:
@@ -1387,13 +1491,9 @@ def load_model(args, dataset: Dataset, flags: tuple[str, ...], prefix: str = "mo
     pairs["algorithm"] = config["algo"], Path(sys.modules["__main__"].__file__).stem
     if changed := ", ".join(f"{name} {old}, here {new}" for name, (old, new) in pairs.items() if old != new):
         raise UserError(f"{flag} has {changed}")
-    step = max([int(folder.name[11:]) for folder in path.glob("checkpoint-*") if is_whole(folder)], default=0)
-    if not (path / "finished.json").exists() and step < there["model_steps"]:
-        raise UserError(f"{flag} has not finished its first phase of {there['model_steps']} updates")
-    weights = newest_weights(path)
     if config["dataset"]["hash"] != dataset.hash:
         print(f"note: the model of {flag} was trained on other data, {config['dataset']['set']}")
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    return there
 
 
 def keep_freed_memory() -> None:

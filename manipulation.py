@@ -81,6 +81,10 @@ class ManipulationEnv:
     def action_size(self) -> int:
         return self.action_dim
 
+    def clock(self) -> tuple[int, int]:
+        """Actions in an episode, simulation steps in an action."""
+        return self.episode_steps, self.repeat
+
     def close(self) -> None:
         if self.renderer:
             self.renderer.close()

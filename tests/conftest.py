@@ -1,6 +1,8 @@
 """What the tests share: paths, one thread, a really rendered set, and a writer of small synthetic ones."""
 
+import gc
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "algos"), str(ROOT / "data")]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # of child processes
 torch.set_num_threads(1)
 
+import common  # noqa: E402
 from common import DatasetWriter  # noqa: E402
 
 
@@ -22,6 +25,41 @@ def run_python(*words, **kwargs) -> subprocess.CompletedProcess:
     command = [sys.executable, *map(str, words)]
     kwargs = {"cwd": ROOT, "env": ENVIRONMENT, "timeout": 300} | kwargs
     return subprocess.run(command, capture_output=True, text=True, **kwargs)
+
+
+def run_main(module, words, methods=("update",), crash=None, update=None):
+    """`python algos/<module>.py <words>`, in this process. Returns the SystemExit, UserError or KeyboardInterrupt that
+    ended it, else None.
+
+    crash=n: it dies before the n-th call of one of Agent's `methods`. update(original, n, agent, *args) takes their
+    place."""
+    handlers, count = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}, 0
+
+    def counted(original):
+        def method(self, *args):
+            nonlocal count
+            count += 1
+            if count == crash:
+                raise KeyboardInterrupt
+            return update(original, count, self, *args) if update else original(self, *args)
+
+        return method
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "excepthook", sys.excepthook)  # parse_args replaces it
+        patch.setattr(sys, "argv", [str(word) for word in (module.__file__, *words)])
+        patch.setattr(sys.modules["__main__"], "__file__", module.__file__, raising=False)
+        for name in methods:
+            patch.setattr(module.Agent, name, counted(getattr(module.Agent, name)))
+        try:
+            module.main(common.parse_args(module.Args, module.TUNED, module.QUICK))
+        except (SystemExit, common.UserError, KeyboardInterrupt) as error:
+            error.__context__ = None
+            return error.with_traceback(None)  # frames, also those of a cause, would hold the run's lock
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ A run that is meant to be real is a process of its own; what only needs main() r
 import contextlib
 import csv
 import errno
-import gc
 import json
 import os
 import random
@@ -24,7 +23,7 @@ import drq_bc
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, run_python, synthetic_episode, write_set
+from conftest import ENVIRONMENT, ROOT, run_main, run_python, synthetic_episode, write_set
 
 import common
 from common import UserError
@@ -43,39 +42,13 @@ def own_set(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def train(monkeypatch, own_set, tmp_path):
-    """train(algo, *flags) is `python algos/<algo>.py --dataset <own_set> --runs-dir <tmp>/runs <SMALL> <flags>`, here.
-
-    Returns the SystemExit or UserError that ended it, else None. crash=n: dies before its n-th update."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # parse_args replaces it
+def train(own_set, tmp_path):
+    """train(algo, *flags) is `python algos/<algo>.py --dataset <own_set> --runs-dir <tmp>/runs <SMALL> <flags>`, here:
+    see run_main."""
 
     def call(algo, *flags, crash=None, update=None):
-        module, count = ALGOS[algo], 0
-        script = str(ROOT / "algos" / f"{algo}.py")
-        words = [script, "--dataset", own_set, "--runs-dir", tmp_path / "runs", *SMALL, *flags]
-        original = module.Agent.update
-
-        def counted(self, *args):
-            nonlocal count
-            count += 1
-            if count == crash:
-                raise KeyboardInterrupt
-            return update(original, count, self, *args) if update else original(self, *args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", [str(word) for word in words])
-            patch.setattr(sys.modules["__main__"], "__file__", script, raising=False)
-            patch.setattr(module.Agent, "update", counted)
-            try:
-                module.main(common.parse_args(module.Args, module.TUNED, module.QUICK))
-            except (SystemExit, UserError, KeyboardInterrupt) as error:
-                error.__context__ = None
-                return error.with_traceback(None)  # frames, also those of a cause, would hold the run's lock
-            finally:
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
-                gc.collect()
+        words = ["--dataset", own_set, "--runs-dir", tmp_path / "runs", *SMALL, *flags]
+        return run_main(ALGOS[algo], words, crash=crash, update=update)
 
     call.folder = lambda algo, name="seed0": tmp_path / "runs" / algo / "own" / "robot" / name
     return call

@@ -18,34 +18,37 @@ import common
 ROOT = Path(common.__file__).resolve().parent
 
 # name -> groups of files; the text is equal within a group and differs from group to group
-FREE, MODEL = {"bc", "drq_bc", "cql"}, {"offline_dv2", "lompo"}  # model-free files, world models
+FREE, MODEL = {"bc", "drq_bc", "cql"}, {"offline_dv2", "lompo", "moto"}  # model-free files, world models
 VARIANTS = {
     # which networks there are, and which optimiser trains which: the algorithm itself
-    "Agent.__init__": [{"bc"}, {"drq_bc", "cql"}, {"offline_dv2"}, {"lompo"}],
+    "Agent.__init__": [{"bc"}, {"drq_bc", "cql"}, {"offline_dv2"}, {"lompo"}, {"moto"}],
     # CQL adds the conservative term and values 31 actions for it; Offline DV2's has lambda-returns
-    "Agent.critic_loss": [{"drq_bc"}, {"cql"}, {"offline_dv2"}, {"lompo"}],
+    "Agent.critic_loss": [{"drq_bc"}, {"cql"}, {"offline_dv2"}, {"lompo"}, {"moto"}],
     # BC trains its encoder through it, DrQ+BC gets an embedding without gradient and adds Q, CQL has Q alone
-    "Agent.actor_loss": [{"bc"}, {"drq_bc"}, {"cql"}, {"offline_dv2"}, {"lompo"}],
+    "Agent.actor_loss": [{"bc"}, {"drq_bc"}, {"cql"}, {"offline_dv2"}, {"lompo"}, {"moto"}],
     # the order of one update: BC has one step, the others step critic, actor and target
-    "Agent.update": [{"bc"}, {"drq_bc", "cql"}],
+    "Agent.update": [{"bc"}, {"drq_bc", "cql"}, {"moto"}],
     # DrQ-v2's networks and initialisation on one side, DreamerV2's (Keras's) on the other
-    "Actor": [FREE, {"offline_dv2"}],
+    "Actor": [FREE, {"offline_dv2", "moto"}],
     # LOMPO also has a GRU of Keras's to begin, and ReLU in its convolutions
-    "init_weights": [FREE, {"offline_dv2"}, {"lompo"}],
-    "Encoder": [FREE, {"offline_dv2"}, {"lompo"}],
-    "Decoder": [{"offline_dv2"}, {"lompo"}],
+    "init_weights": [FREE, {"offline_dv2", "moto"}, {"lompo"}],
+    "Encoder": [FREE, {"offline_dv2", "moto"}, {"lompo"}],
+    "Decoder": [{"offline_dv2", "moto"}, {"lompo"}],
     # categoricals with balanced KL, a LayerNorm GRU and deep heads; normals with a plain KL
-    "RSSM": [{"offline_dv2"}, {"lompo"}],
-    "WorldModel": [{"offline_dv2"}, {"lompo"}],
-    "Agent.model_loss": [{"offline_dv2"}, {"lompo"}],
-    "log_prob_std": [{"offline_dv2"}, {"lompo"}],
+    "RSSM": [{"offline_dv2", "moto"}, {"lompo"}],
+    "WorldModel": [{"offline_dv2", "moto"}, {"lompo"}],
+    "Agent.model_loss": [{"offline_dv2"}, {"lompo"}, {"moto"}],
+    "log_prob_std": [{"offline_dv2", "moto"}, {"lompo"}],
     # imagination is within the update there, in a buffer here
     "Agent.update_agent": [{"offline_dv2"}, {"lompo"}],
-    "Agent.penalty": [{"offline_dv2"}, {"lompo"}],
+    "Agent.penalty": [{"offline_dv2", "moto"}, {"lompo"}],
+    # the last state's action is valued too, and targets may follow by Polyak steps
+    "Agent.imagine": [{"offline_dv2"}, {"moto"}],
+    "Agent.update_target": [{"offline_dv2"}, {"moto"}],
     # torch's Adam; TensorFlow's, which reports the norm it clips
     "Agent.minimize": [FREE, MODEL],
     # a stack of frames is the state; a filter carries it from image to image
-    "Agent.act": [FREE, {"offline_dv2"}, {"lompo"}],
+    "Agent.act": [FREE, {"offline_dv2", "moto"}, {"lompo"}],
     "evaluate": [FREE, MODEL],
     "evaluate_run": [FREE, MODEL],
 }

@@ -1,10 +1,7 @@
 """Whole runs of the two-phase files: killed in either phase and continued, begun from another run's model, refused."""
 
-import gc
 import json
 import math
-import signal
-import sys
 from pathlib import Path
 
 import lompo
@@ -12,7 +9,7 @@ import numpy as np
 import offline_dv2
 import pytest
 import torch
-from conftest import ROOT, run_python, write_set
+from conftest import ROOT, run_main, run_python, write_set
 
 import common
 from common import UserError
@@ -32,39 +29,12 @@ def own_set(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def train(monkeypatch, own_set, tmp_path):
-    """train(algo, *flags) is its command line, here. Returns what ended it; crash=n: it dies before its n-th update."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+def train(own_set, tmp_path):
+    """train(algo, *flags) is its command line, here: see run_main."""
 
     def call(algo, *flags, crash=None, dataset=own_set, steps=STEPS):
-        module, script, number = ALGOS[algo], str(ROOT / "algos" / f"{algo}.py"), 0
-        words = [script, "--dataset", dataset, "--runs-dir", tmp_path / "runs", *SMALL, *OWN[algo], *steps, *flags]
-
-        def counted(original):
-            def update(self, *args):
-                nonlocal number
-                number += 1
-                if number == crash:
-                    raise KeyboardInterrupt
-                return original(self, *args)
-
-            return update
-
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", [str(word) for word in words])
-            patch.setattr(sys.modules["__main__"], "__file__", script, raising=False)
-            for name in ("update_model", "update_agent"):
-                patch.setattr(module.Agent, name, counted(getattr(module.Agent, name)))
-            try:
-                module.main(common.parse_args(module.Args, module.TUNED, module.QUICK))
-            except (SystemExit, UserError, KeyboardInterrupt) as error:
-                error.__context__ = None
-                return error.with_traceback(None)
-            finally:
-                for number_, handler in handlers.items():
-                    signal.signal(number_, handler)
-                gc.collect()
+        words = ["--dataset", dataset, "--runs-dir", tmp_path / "runs", *SMALL, *OWN[algo], *steps, *flags]
+        return run_main(ALGOS[algo], words, methods=("update_model", "update_agent"), crash=crash)
 
     call.folder = lambda algo, name="seed0": tmp_path / "runs" / algo / "own" / "robot" / name
     return call

@@ -1,0 +1,977 @@
+"""MOTO (arXiv:2401.03306): a world model trained on demonstrations, an actor and two critics trained inside it; then
+one episode in the environment, some updates, the next episode. No code of the authors is public.
+
+    model   Offline DV2's (2206.04779): categorical RSSM, an ensemble of N priors, one drawn per time step; it goes on
+            learning to the end, from offline and online episodes alike
+    rollout from every state of the windows H steps under the actor; r^t on arrival, less penalty_coef * u
+    values  V0^t = min_i Q_i(s^t, a^t), a^t ~ pi;  V^t = r^{t+1} + gamma Vhat^{t+1}
+            Vhat^t = (1 - td_lambda) V0^t + td_lambda V^t,  Vhat^H = V0^H        Eq. 4 and 5 as a recursion
+    L_pi = -mean_{t < H} Vhat^t - actor_ent * entropy - bc_coef * mean f log pi(a_data | s_data)         Eq. 6
+    L_Q  = mean_{t < H} (Vbar^t - Q_i(s^t, a^t))^2                                                       Eq. 7
+         + mean_data (r_{j+1} + gamma V0bar(s_{j+1}) - Q_i(s_j, a_j))^2, rewards as they are           Eq. 8
+    bar: by the target critics. f: whether an action is worth imitating (--bc-filter).
+
+Dims: B windows, T rows of a window, M = B T states, H horizon, A action, E embedding, S stoch, K classes, D deter,
+F = S K + D feat, N ensemble.
+Where the paper is silent or contradicts itself (marked DIFF n where it happens):
+  DIFF 1: u is the deviation over the members of the normalised logits, their mean over variables and classes; Eq. 2
+          says logits and no reduction, unnormalised ones carry an offset that means nothing.
+  DIFF 2: Eq. 8's V is the value of the actor's action in s_{j+1}, as its text says (no samples of the model); as
+          printed it is the rollout's: --data-target vhat. Target critics there are our choice.
+  DIFF 3: the model and the agent learn from one batch of 16 windows (Algorithm 1); Appendix C.3 names 128 for the
+          agent, of no unit: --agent-batch-size.
+  DIFF 4: horizon 5, gamma 0.99, td_lambda 0.95, actor_ent 1e-4, a hard target copy every 100 updates, model sizes, KL
+          and optimiser: Offline DV2's and DreamerV2's, the paper names none.
+  DIFF 5: the imitation term is a mean over rows; printed as a sum over them beside the means of Eq. 6.
+  DIFF 6: evaluations are seeded episodes; the paper says nothing.
+  DIFF 7: tasks with dense rewards have no success to filter by: there the better half of the episodes by return.
+  DIFF 8: 1,000 offline updates on Meta-World (Appendix C.1; the main text has 10,000 for all), 1,000 episodes of 20
+          updates; on the kitchen 10,000 and 1,326 of 50. Elsewhere one update per transition and none online.
+Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside, or one above
+from common import (  # noqa: E402
+    EVAL_SEED,
+    EnvPool,
+    OnlineSet,
+    SequenceBuffer,
+    Sequences,
+    UserError,
+    accelerate,
+    evaluation_pool,
+    load_offline,
+    load_run,
+    open_dataset,
+    parse_args,
+    save_video,
+    start_run,
+)
+
+Metrics = dict[str, Tensor]
+
+
+@dataclass
+class Args:
+    task: str = "metaworld-drawer-open"  # metaworld-*, kitchen-mixed, kitchen-partial, or dm_control's domain-task
+    dataset: str = "demos"  # demos (Meta-World), mixed and partial (kitchen), a set of dm_control, or a path
+    source: Literal["made", "vd4rl"] = "made"  # made: rendered here; vd4rl: the imported official set
+    data_dir: str | None = None  # where sets are; None: $CLEANPIXELS_DATA, else datasets/ beside common.py
+    transitions: int | None = None  # a smaller made set of so many transitions
+    data_seed: int = 0  # seed of a made set
+    seed: int = 0  # of weights, sampling, imagination and online episodes; evaluation has seeds of its own
+    tag: str = ""  # tells apart runs of the same task, set and seed with other flags
+    runs_dir: str | None = None  # where run folders are; None: runs/ beside common.py
+    overwrite: bool = False  # start anew in a folder that holds a run; without it the same command continues
+    quick: bool = False  # QUICK below: shows learning on two CPU cores; no benchmark row
+    evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
+    offline_from: str | None = None  # a run's folder: begin online where its offline phase ended
+    offline_steps: int | None = None  # gradient updates before the first episode; None: one per transition (DIFF 8)
+    online_episodes: int = 0  # episodes in the environment, each before its updates (DIFF 8)
+    updates_per_episode: int = 20  # gradient updates after each of them (DIFF 8)
+    episode_steps: int | None = None  # length of online and evaluation episodes; None: the task's own
+    batch_size: int = 16  # windows (Appendix C.3)
+    agent_batch_size: int | None = None  # windows for actor and critics; None: those of the model (DIFF 3)
+    window: int = 50  # rows per window
+    model_lr: float = 1e-4  # Adam; the three rates: Appendix C.3
+    actor_lr: float = 8e-5
+    critic_lr: float = 8e-5
+    cnn_depth: int = 48  # channels of the first convolution, doubled by each of the next three
+    stoch: int = 32  # categorical variables
+    classes: int = 32  # of each
+    deter: int = 200  # width of the recurrent state
+    hidden: int = 200  # width of the layers beside it
+    ensemble: int = 7  # priors (Appendix C.3)
+    units: int = 400  # width of the four layers of reward head, actor and critics
+    kl_balance: float = 0.8  # share of the KL's gradient that trains the prior
+    free_nats: float = 1.0  # below it the mean KL has no gradient
+    penalty: Literal["mean_disagreement", "sum_squares", "logit_std", "log_prob_std", "mixture_std", "none"] = (
+        "logit_std"  # of imagined rewards (Eq. 2 and 3, DIFF 1); none: Figure 3's ablation
+    )
+    penalty_coef: float = 10.0  # alpha of Eq. 3 (Appendix C.3)
+    value: Literal["expansion", "dreamer"] = "expansion"  # dreamer: DreamerV2's lambda-returns, a critic of states
+    bc_filter: Literal["success", "return", "advantage", "all", "none"] = "return"  # f of the imitation term (DIFF 7)
+    bc_quantile: float = 0.5  # return: of the episodes in the buffer, those above this quantile
+    bc_success_reward: float = 1.0  # success: an episode with a step of at least this reward
+    bc_coef: float = 10.0  # beta, weight of the imitation term (Appendix C.3)
+    data_target: Literal["v0", "vhat"] = "v0"  # V of Eq. 8 (DIFF 2)
+    horizon: int = 5  # imagined steps (DIFF 4)
+    gamma: float = 0.99  # discount per control step
+    td_lambda: float = 0.95  # of the value expansion
+    actor_ent: float = 1e-4  # weight of the actor's entropy
+    actor_sample_grad: Literal["reference", "exact"] = "reference"  # through a truncated normal's draw; see its text
+    tau: float = 0.0  # Polyak rate of the target critics; 0: a hard copy every --target-every updates
+    target_every: int = 100  # gradient updates
+    eval_state_mode: bool = False  # evaluate on the posterior's most likely classes; default: drawn
+    eval_every: int | None = None  # gradient updates; None: a twentieth of the run; 0: no evaluation
+    eval_episodes: int = 10  # per evaluation; 20 where successes are counted
+    log_every: int = 100  # gradient updates
+    device: str = "auto"  # auto: cuda if there is one, else cpu
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the hardware has it
+    accelerate: Literal["auto", "eager", "compile", "graph"] = "auto"  # same mathematics; auto: eager for now
+    buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the frames are; auto: on the GPU if they fit
+
+    @property
+    def steps(self) -> int:
+        """Gradient updates of both phases: one counter runs over both."""
+        return self.offline_steps + self.online_episodes * self.updates_per_episode
+
+
+SPARSE = {"bc_filter": "success", "eval_episodes": 20}
+TUNED = {  # DIFF 8
+    ("*", "*"): {"bc_filter": "return", "bc_success_reward": 1.0, "eval_episodes": 10, "offline_steps": None,
+                 "online_episodes": 0, "updates_per_episode": 20},
+    ("metaworld-*", "*"): SPARSE | {"offline_steps": 1_000, "online_episodes": 1_000, "updates_per_episode": 20},
+    ("kitchen-*", "*"): SPARSE | {"offline_steps": 10_000, "online_episodes": 1_326, "updates_per_episode": 50,
+                                  "bc_success_reward": 4.0},
+    ("kitchen-partial", "*"): {"bc_success_reward": 3.0},  # no demonstration solves its four (Appendix C.1)
+}  # fmt: skip
+# not the paper's setting made shorter, but one of its own: a small model, a small penalty
+QUICK = {"offline_steps": 1_000, "online_episodes": 60, "updates_per_episode": 20, "batch_size": 8, "window": 25,
+         "model_lr": 3e-4, "actor_lr": 3e-4, "critic_lr": 3e-4, "cnn_depth": 16, "ensemble": 5, "units": 200,
+         "penalty_coef": 1.0, "eval_episodes": 10}  # fmt: skip
+
+SIZE = 64  # pixels per side: what the decoder's kernels give
+ONLINE_SEED = 2_000_000  # online episode i of run seed s starts from seed ONLINE_SEED + 100,000 s + i
+MODEL_FLAGS = ("cnn_depth", "stoch", "classes", "deter", "hidden", "ensemble", "units", "value")  # sizes of networks
+
+
+# ==== Networks ====
+
+
+def init_weights(module: nn.Module) -> None:
+    """Keras's defaults: Glorot-uniform weights, zero biases."""
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+
+
+class LastLayer(nn.Linear):
+    """Linear, in float32 also under autocast: bf16 would round an action to 0.004 and a value of 100 to 0.5.
+
+    Every head that gives an action or a value ends in one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+def hidden_layers(inputs: int, units: int, count: int) -> nn.Sequential:
+    """(..., inputs) -> (..., units)."""
+    layers = [layer for width in [inputs, *(count - 1) * [units]] for layer in (nn.Linear(width, units), nn.ELU(True))]
+    return nn.Sequential(*layers)
+
+
+def mlp(inputs: int, units: int, outputs: int, count: int = 4) -> nn.Sequential:
+    """`count` hidden layers. (..., inputs) -> (..., outputs) float32."""
+    return nn.Sequential(hidden_layers(inputs, units, count), LastLayer(units, outputs))
+
+
+class Encoder(nn.Module):
+    """Frames to embeddings. image (M, 3, 64, 64) float32 in [-0.5, 0.5]  ->  embed (M, E); depth 48: E = 1536."""
+
+    def __init__(self, depth: int):
+        super().__init__()
+        widths = [3, depth, 2 * depth, 4 * depth, 8 * depth]
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 4, stride=2) for a, b in zip(widths, widths[1:]))
+        self.embed_dim = 8 * depth * 2 * 2  # 64 -> 31 -> 14 -> 6 -> 2
+
+    def forward(self, image: Tensor) -> Tensor:
+        for conv in self.convs:
+            image = F.elu_(conv(image))
+        return image.flatten(1)
+
+
+class Decoder(nn.Module):
+    """Mean of a unit normal per pixel. feat (M, F)  ->  image (M, 3, 64, 64), in the scale of the encoder's input."""
+
+    def __init__(self, feat_dim: int, depth: int):
+        super().__init__()
+        widths = [32 * depth, 4 * depth, 2 * depth, depth, 3]
+        self.linear = nn.Linear(feat_dim, widths[0])
+        self.convs = nn.ModuleList(  # 1 -> 5 -> 13 -> 30 -> 64
+            nn.ConvTranspose2d(a, b, kernel, stride=2) for a, b, kernel in zip(widths, widths[1:], (5, 5, 6, 6))
+        )
+
+    def forward(self, feat: Tensor) -> Tensor:
+        first, *others = self.convs
+        image = self.linear(feat) @ first.weight.flatten(1)  # of one pixel: a matrix product, 20 times as fast so
+        image = image.unflatten(1, first.weight.shape[1:]).contiguous(memory_format=torch.channels_last)
+        image = image + first.bias[:, None, None].to(image.dtype)
+        for conv in others:  # the bias apart: inside, one of these layers takes three times as long on a CPU
+            image = F.conv_transpose2d(F.elu_(image), conv.weight, stride=2)
+            image = image + conv.bias[:, None, None].to(image.dtype)
+        return image
+
+
+class GRUCell(nn.Module):
+    """DreamerV2's: one LayerNorm over the three pre-activations, the update gate's bias -1. Not torch.nn.GRUCell.
+
+    x (M, inputs), h (M, D)  ->  h' (M, D) float32."""
+
+    def __init__(self, inputs: int, deter: int):
+        super().__init__()
+        self.linear = nn.Linear(inputs + deter, 3 * deter)
+        self.norm = nn.LayerNorm(3 * deter, eps=1e-3)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        reset, candidate, update = self.norm(self.linear(torch.cat([x, h], -1)).float()).chunk(3, -1)
+        candidate = torch.tanh(torch.sigmoid(reset) * candidate)
+        update = torch.sigmoid(update - 1)
+        return update * candidate + (1 - update) * h
+
+
+class Priors(nn.Module):
+    """The ensemble: N networks of two layers from the recurrent state to the distribution of the stochastic one.
+
+    Their weights lie in one tensor each, so that those not drawn get zero gradients and decay, as in TensorFlow."""
+
+    def __init__(self, ensemble: int, deter: int, hidden: int, outputs: int):
+        super().__init__()
+        self.w1, self.w2 = (
+            nn.Parameter(torch.empty(ensemble, *shape)) for shape in ((deter, hidden), (hidden, outputs))
+        )
+        self.b1, self.b2 = (nn.Parameter(torch.zeros(ensemble, 1, width)) for width in (hidden, outputs))
+        for weight in (self.w1, self.w2):
+            for member in weight:
+                nn.init.xavier_uniform_(member.data)
+
+    def forward(self, deter: Tensor, member: Tensor | None = None) -> Tensor:
+        """deter (n, M, D), one member (n,) int64 each  ->  (n, M, outputs) float32; None: deter (M, D) in all of
+        them  ->  (N, M, outputs)."""
+        w1, b1, w2, b2 = self.w1, self.b1, self.w2, self.b2
+        if member is not None:
+            w1, b1, w2, b2 = w1[member], b1[member], w2[member], b2[member]
+        x = F.elu_(torch.baddbmm(b1, deter.expand(len(w1), -1, -1), w1))
+        return torch.baddbmm(b2, x, w2).float()
+
+
+class State(NamedTuple):
+    """The latent state: what is drawn and flat, and what is recurrent. (..., *) and (..., D)."""
+
+    stoch: Tensor
+    deter: Tensor
+
+    @property
+    def feat(self) -> Tensor:
+        return torch.cat(self, -1)
+
+
+class RSSM(nn.Module):
+    """Recurrent state-space model: the dynamics of the latent state, and its posterior given images."""
+
+    def __init__(self, embed_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        stoch, classes, deter, hidden, ensemble = args.stoch, args.classes, args.deter, args.hidden, args.ensemble
+        self.stoch, self.classes, self.deter, self.ensemble = stoch, classes, deter, ensemble
+        self.img_in = nn.Linear(stoch * classes + action_dim, hidden)
+        self.gru = GRUCell(hidden, deter)
+        self.priors = Priors(ensemble, deter, hidden, stoch * classes)
+        self.post_in = nn.Linear(deter + embed_dim, hidden)
+        self.post_out = nn.Linear(hidden, stoch * classes)
+
+    def initial(self, count: int) -> State:
+        zeros = self.img_in.weight.new_zeros
+        return State(zeros(count, self.stoch * self.classes), zeros(count, self.deter))
+
+    def draw_members(self, count: int) -> Tensor:
+        """One prior per time step, shared by the batch, drawn on the device. -> (count,) int64."""
+        return torch.randint(self.ensemble, (count,), device=self.img_in.weight.device)
+
+    def sample(self, logits: Tensor, mode: bool = False) -> Tensor:
+        """One-hot draws, or the most likely classes. logits (..., S K)  ->  (..., S K); the gradient is that of the
+        probabilities (straight-through)."""
+        probs = logits.unflatten(-1, (self.stoch, self.classes)).softmax(-1)
+        cumulative = probs.detach().cumsum(-1)
+        threshold = torch.rand_like(cumulative[..., :1]) * cumulative[..., -1:]
+        index = (cumulative <= threshold).sum(-1, keepdim=True).clamp_max(self.classes - 1)
+        index = probs.argmax(-1, keepdim=True) if mode else index
+        one_hot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
+        return (one_hot + probs - probs.detach()).flatten(-2)
+
+    def recur(self, state: State, action: Tensor) -> Tensor:
+        """The next recurrent state. action (M, A) leads to it. -> deter (M, D)."""
+        return self.gru(F.elu_(self.img_in(torch.cat([state.stoch, action], -1))), state.deter)
+
+    def observe(self, embed: Tensor, action: Tensor, is_first: Tensor, state: State | None = None, mode: bool = False):
+        """Filters windows. embed (B, T, E), action (B, T, A), is_first (B, T)
+        ->  states (B, T, ...), logits of the posterior (B, T, S K).
+
+        row        t-1                 t                 action[t] led to image[t]
+        state      s[t-1] --action[t]--> deter[t] --embed[t]--> stoch[t]
+        is_first[t] makes s[t-1] and action[t] zero: what was before is unknown."""
+        state = state or self.initial(len(embed))
+        keep = 1 - is_first[..., None].float()
+        action = action * keep
+        from_deter, from_embed = self.post_in.weight.split([self.deter, embed.shape[-1]], 1)
+        embedded = F.linear(embed, from_embed, self.post_in.bias)  # the image's half of the layer, for all rows at once
+        states, post = [], []
+        for t in range(embed.shape[1]):
+            deter = self.recur(State(*(part * keep[:, t] for part in state)), action[:, t])
+            logits = self.post_out(F.elu_(F.linear(deter, from_deter) + embedded[:, t])).float()
+            state = State(self.sample(logits, mode), deter)
+            states.append(state)
+            post.append(logits)
+        return State(*(torch.stack(parts, 1) for parts in zip(*states))), torch.stack(post, 1)
+
+    def imagine(self, state: State, action: Tensor) -> State:
+        """One step under a prior drawn for the whole batch. state (M, ...), action (M, A)."""
+        deter = self.recur(state, action)
+        return State(self.sample(self.priors(deter[None], self.draw_members(1))[0]), deter)
+
+
+class WorldModel(nn.Module):
+    """Encoder, RSSM, decoder, reward head."""
+
+    def __init__(self, args: Args, action_dim: int):
+        super().__init__()
+        self.encoder = Encoder(args.cnn_depth)
+        self.rssm = RSSM(self.encoder.embed_dim, action_dim, args)
+        self.feat_dim = args.stoch * args.classes + args.deter
+        self.decoder = Decoder(self.feat_dim, args.cnn_depth)
+        self.reward = mlp(self.feat_dim, args.units, 1)  # mean of a unit normal
+
+    def embed(self, image: Tensor) -> Tensor:
+        """image (..., 3, 64, 64) uint8  ->  (..., E)."""
+        return self.encoder(scale_pixels(image.flatten(0, -4))).unflatten(0, image.shape[:-3])
+
+    def decode(self, feat: Tensor) -> Tensor:
+        """feat (..., F)  ->  image (..., 3, 64, 64) float32 in about [-0.5, 0.5]."""
+        return self.decoder(feat.flatten(0, -2)).float().unflatten(0, feat.shape[:-1])
+
+
+class TruncatedNormal(NamedTuple):
+    """A normal with these loc and scale (..., A), cut to [-1, 1]."""
+
+    loc: Tensor
+    scale: Tensor
+
+    def bounds(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Standardised bounds, and the mass between them."""
+        low, high = (-1 - self.loc) / self.scale, (1 - self.loc) / self.scale
+        return low, high, torch.special.ndtr(high) - torch.special.ndtr(low)
+
+    def sample(self, gradient: str) -> Tensor:
+        """Draws within +- (1 - 1e-6). gradient "exact": of the inverse distribution function. "reference": as if the
+        standardised draw z were given, dx/dloc = 1 and dx/dscale = z, the bounds' share left out; far from the exact
+        one where the bounds cut much off."""
+        with torch.set_grad_enabled(gradient == "exact" and torch.is_grad_enabled()):
+            low, _, mass = self.bounds()
+            uniform = torch.rand_like(mass).clamp(1e-6, 1 - 1e-6)
+            z = torch.special.ndtri(torch.special.ndtr(low) + uniform * mass)
+        action = self.loc + self.scale * z
+        return action + (action.clamp(-1 + 1e-6, 1 - 1e-6) - action).detach()
+
+    def entropy(self) -> Tensor:
+        """Nats, summed over actions. -> (...)."""
+        low, high, mass = self.bounds()
+        density_low, density_high = (torch.exp(-0.5 * bound**2) / math.sqrt(2 * math.pi) for bound in (low, high))
+        shape = (low * density_low - high * density_high) / (2 * mass)
+        return (torch.log(self.scale * mass) + 0.5 * math.log(2 * math.pi * math.e) + shape).sum(-1)
+
+
+def truncated_log_prob(policy: TruncatedNormal, action: Tensor) -> Tensor:
+    """Nats, summed over actions; what lies on a bound counts as just inside. action (..., A)  ->  (...)."""
+    z = (action.clamp(-1 + 1e-6, 1 - 1e-6) - policy.loc) / policy.scale
+    mass = policy.bounds()[2]
+    return (-0.5 * z.square() - 0.5 * math.log(2 * math.pi) - torch.log(policy.scale * mass)).sum(-1)
+
+
+class Actor(nn.Module):
+    """feat (..., F)  ->  a truncated normal over actions; its mode is loc."""
+
+    def __init__(self, feat_dim: int, action_dim: int, units: int):
+        super().__init__()
+        self.hidden = hidden_layers(feat_dim, units, 4)
+        self.loc, self.scale = LastLayer(units, action_dim), LastLayer(units, action_dim)
+
+    def forward(self, feat: Tensor) -> TruncatedNormal:
+        x = self.hidden(feat)
+        return TruncatedNormal(torch.tanh(self.loc(x)), 2 * torch.sigmoid(self.scale(x) / 2) + 0.1)  # 0.1 .. 2.1
+
+
+class Critics(nn.Module):
+    """Two Q networks; under --value dreamer one V, which sees no action.
+
+    feat (..., F), action (..., A)  ->  (2 or 1, ...) float32."""
+
+    def __init__(self, feat_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.sees_action = args.value == "expansion"
+        inputs, count = (feat_dim + action_dim, 2) if self.sees_action else (feat_dim, 1)
+        self.nets = nn.ModuleList(mlp(inputs, args.units, 1) for _ in range(count))
+
+    def forward(self, feat: Tensor, action: Tensor) -> Tensor:
+        x = torch.cat([feat, action], -1) if self.sees_action else feat
+        return torch.stack([net(x).squeeze(-1) for net in self.nets])
+
+
+# ==== Penalties ====
+# logits (N, M, S, K) float32 of all priors, stoch (M, S, K) the state arrived at  ->  (M,)
+
+
+class Disagreement(torch.autograd.Function):
+    """logits (N, M, S, K)  ->  mean over N of |P - mean over N of P|, (M,), P the class probabilities; the norm over
+    variables and classes together. Where a norm is 0 its gradient is 0, not NaN.
+
+    With a gradient of its own, and member by member so that what is at work stays in the cache: a third of the time of
+    every agent update is spent here."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor) -> Tensor:
+        probs = logits.softmax(-1)
+        mean = probs.mean(0)
+        norm = torch.stack([torch.linalg.vector_norm(p - mean, dim=(-2, -1)) for p in probs])
+        ctx.save_for_backward(probs, norm)
+        return norm.mean(0)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        probs, norm = ctx.saved_tensors
+        scale = (gradient / (len(probs) * norm.clamp_min(1e-12)))[..., None, None]
+        mean, out = probs.mean(0), torch.empty_like(probs)
+        for p, s, to_p in zip(probs, scale, out):
+            torch.sub(p, mean, out=to_p).mul_(s)
+        to_mean = out.mean(0)
+        for p, to_p in zip(probs, out):
+            to_p.sub_(to_mean).mul_(p)
+            to_p.sub_(p * to_p.sum(-1, keepdim=True))  # through the softmax
+        return out
+
+
+def mean_disagreement(logits: Tensor, stoch: Tensor) -> Tensor:
+    """mean_k |P_k - mean_j P_j|: what the released code computes."""
+    return Disagreement.apply(logits)
+
+
+def sum_squares(logits: Tensor, stoch: Tensor) -> Tensor:
+    """sum_k |P_k - mean_j P_j|^2: 2206.04779 Eq. 1 as recalled, the text at hand has lost it."""
+    probs = logits.softmax(-1).flatten(-2)
+    return (probs - probs.mean(0)).square().sum((0, -1))
+
+
+def logit_std(logits: Tensor, stoch: Tensor) -> Tensor:
+    """Deviation over the members of the normalised logits, mean over variables and classes. Unnormalised ones carry an
+    offset per variable that means nothing."""
+    return logits.log_softmax(-1).std(0, correction=0).mean((-2, -1))
+
+
+def log_prob_std(logits: Tensor, stoch: Tensor) -> Tensor:
+    """Deviation over the members of the log-probability of the state arrived at."""
+    return (logits.log_softmax(-1) * stoch).sum((-2, -1)).std(0, correction=0)
+
+
+def mixture_std(logits: Tensor, stoch: Tensor) -> Tensor:
+    """Deviation of the mixture of the members, of each class's indicator, mean over variables and classes."""
+    probs = logits.softmax(-1).mean(0)
+    return (probs * (1 - probs)).clamp_min(1e-12).sqrt().mean((-2, -1))
+
+
+PENALTY = {
+    "mean_disagreement": mean_disagreement, "sum_squares": sum_squares, "logit_std": logit_std,
+    "log_prob_std": log_prob_std, "mixture_std": mixture_std,
+}  # fmt: skip
+
+
+# ==== Agent ====
+
+
+def scale_pixels(obs: Tensor) -> Tensor:
+    """(B, C, S, S) uint8 in 0..255 -> float32 in [-0.5, 0.5], in memory as the convolutions read it."""
+    assert obs.dtype == torch.uint8  # floats would be scaled in place, perhaps twice
+    return obs.to(torch.float32, memory_format=torch.channels_last).div_(255).sub_(0.5)
+
+
+def categorical_kl(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) of S independent categoricals, nats. Logits (..., S, K) float32  ->  (...)."""
+    p, q = p.log_softmax(-1), q.log_softmax(-1)
+    return (p.exp() * (p - q)).sum((-2, -1))
+
+
+def expand_values(reward: Tensor, value: Tensor, gamma: float, td_lambda: float) -> tuple[Tensor, Tensor]:
+    """Value expansion. reward (H, M) on arrival in states 1 .. H, value (H + 1, M) V0 of states 0 .. H
+    ->  V and Vhat (H, M) of states 0 .. H-1.
+
+    V^t = reward^{t+1} + gamma Vhat^{t+1};  Vhat^t = (1 - td_lambda) V0^t + td_lambda V^t;  Vhat^H = V0^H
+    Unrolled, V is Eq. 5 and Vhat mixes in the expansion of no step."""
+    hat, found = value[-1], []
+    for t in reversed(range(len(reward))):
+        expanded = reward[t] + gamma * hat
+        hat = (1 - td_lambda) * value[t] + td_lambda * expanded
+        found.append((expanded, hat))
+    expanded, hat = (torch.stack(parts[::-1]) for parts in zip(*found))
+    return expanded, hat
+
+
+def lambda_return(reward: Tensor, next_value: Tensor, gamma: float, td_lambda: float) -> Tensor:
+    """reward (H, M) of states 0 .. H-1, next_value (H, M) of states 1 .. H  ->  target (H, M) of states 0 .. H-1.
+
+    target_t = reward_t + gamma ((1 - td_lambda) value_{t+1} + td_lambda target_{t+1}), target_H = value_H
+    A state's target, hence its value, includes its own reward."""
+    target, found = next_value[-1], []
+    for t in reversed(range(len(reward))):
+        target = reward[t] + gamma * ((1 - td_lambda) * next_value[t] + td_lambda * target)
+        found.append(target)
+    return torch.stack(found[::-1])
+
+
+def data_advantage(reward: Tensor, discount: Tensor, value: Tensor, gamma: float, horizon: int) -> Tensor:
+    """What H steps of the data were worth more than the actor's: A_t = sum_{k=1..H} gamma^{k-1} r_{t+k}
+    + gamma^H V_{t+H} - V_t; towards the window's end with the steps there are. All (B, T)  ->  (B, T - 1)."""
+    rows, found = reward.shape[1], []
+    for t in range(rows - 1):
+        total, factor = 0.0, 1.0
+        for k in range(t + 1, min(t + horizon, rows - 1) + 1):
+            total = total + factor * reward[:, k]
+            factor = factor * gamma * discount[:, k]
+        found.append(total + factor * value[:, k] - value[:, t])
+    return torch.stack(found, 1)
+
+
+class Optimizer:
+    """Adam as TensorFlow computes it, after a clip of the gradient's global norm and a decay that lr does not scale.
+
+    param = (1 - decay) param - lr_t m / (sqrt(v) + eps),  lr_t = lr sqrt(1 - B2^t) / (1 - B1^t)
+    torch.optim.Adam divides v by 1 - B2^t before it adds eps, which makes the first thousand steps longer."""
+
+    B1, B2, CLIP = 0.9, 0.999, 100.0
+
+    def __init__(self, params, lr: float, eps: float, decay: float):
+        self.params, self.lr, self.eps, self.decay, self.state = list(params), lr, eps, decay, None
+
+    @torch.no_grad()
+    def step(self) -> Tensor:
+        """Returns the gradient's norm before the clip, ()."""
+        params, grads = self.params, [p.grad for p in self.params]
+        if self.state is None:
+            count = torch.zeros((), device=params[0].device)
+            self.state = {"count": count, "m": [*map(torch.zeros_like, params)], "v": [*map(torch.zeros_like, params)]}
+        count, m, v = self.state.values()
+        norm = nn.utils.clip_grad_norm_(params, self.CLIP)
+        if self.decay:
+            torch._foreach_mul_(params, 1 - self.decay)
+        count += 1
+        torch._foreach_lerp_(m, grads, 1 - self.B1)
+        torch._foreach_mul_(v, self.B2)
+        torch._foreach_addcmul_(v, grads, grads, 1 - self.B2)
+        denominator = torch._foreach_sqrt(v)
+        torch._foreach_add_(denominator, self.eps)
+        torch._foreach_div_(denominator, self.lr * (1 - self.B2**count).sqrt() / (1 - self.B1**count))
+        torch._foreach_addcdiv_(params, m, denominator, -1.0)
+        return norm
+
+    def state_dict(self) -> dict:
+        return self.state or {}
+
+    def load_state_dict(self, state: dict) -> None:
+        device = self.params[0].device
+        self.state = {
+            name: [part.to(device) for part in x] if isinstance(x, list) else x.to(device) for name, x in state.items()
+        } or None
+
+
+class Agent(nn.Module):
+    """World model, actor, critics and their targets."""
+
+    LOSSES = ("model_loss", "actor_loss", "critic_loss")  # what --accelerate compile compiles
+
+    def __init__(self, args: Args, action_dim: int):
+        super().__init__()
+        self.args, self.action_dim = args, action_dim
+        self.model = WorldModel(args, action_dim)
+        self.actor = Actor(self.model.feat_dim, action_dim, args.units)
+        self.critic, self.critic_target = (Critics(self.model.feat_dim, action_dim, args) for _ in range(2))
+        self.apply(init_weights)
+        self.model.to(memory_format=torch.channels_last)  # faster convolutions, same numbers up to rounding
+        self.critic_target.load_state_dict(self.critic.state_dict())
+        self.critic_target.requires_grad_(False)
+        rates = {"model": args.model_lr, "actor": args.actor_lr, "critic": args.critic_lr}
+        self.optimizers = {
+            name: Optimizer(getattr(self, name).parameters(), rate, eps=1e-5, decay=1e-6)
+            for name, rate in rates.items()
+        }
+
+    def autocast(self):
+        return torch.autocast(
+            torch.device(self.args.device).type, torch.bfloat16, enabled=self.args.precision == "bf16"
+        )
+
+    def model_loss(self, batch: Sequences) -> tuple[Tensor, State, Metrics]:
+        """Negative evidence bound of windows, and their states (B, T, ...) without gradient."""
+        args, rssm = self.args, self.model.rssm
+        pixels = scale_pixels(batch.image.flatten(0, 1))  # (B T, 3, 64, 64)
+        embed = self.model.encoder(pixels).unflatten(0, batch.reward.shape)
+        states, post = rssm.observe(embed, batch.action, batch.is_first)
+        # the prior's draw feeds nothing while filtering, so only the drawn member is evaluated, all rows at once
+        member = rssm.draw_members(args.window)
+        prior = rssm.priors(states.deter.transpose(0, 1), member).transpose(0, 1)
+        post, prior = (logits.unflatten(-1, (args.stoch, args.classes)) for logits in (post, prior))
+        train_post = categorical_kl(post, prior.detach()).mean()
+        train_prior = categorical_kl(post.detach(), prior).mean()
+        kl_loss = (1 - args.kl_balance) * train_post.clamp_min(args.free_nats)  # on the mean, not per state
+        kl_loss = kl_loss + args.kl_balance * train_prior.clamp_min(args.free_nats)
+        feat = states.feat
+        image = self.model.decoder(feat.flatten(0, 1)).float()
+        assert image.shape == pixels.shape
+        image_loss = normal_nll(image, pixels) / len(pixels)  # a sum over pixels, a mean over rows: 11,291.9 at best
+        reward = self.model.reward(feat).squeeze(-1)  # of a window's first row too, which knows no past
+        assert reward.shape == batch.reward.shape  # (B, T)
+        reward_loss = normal_nll(reward, batch.reward) / reward.numel()
+        loss = image_loss + reward_loss + kl_loss
+        metrics = {"loss": loss, "image_loss": image_loss, "reward_loss": reward_loss, "kl": train_prior}
+        metrics |= {"post_entropy": entropy(post).mean(), "prior_entropy": entropy(prior).mean()}
+        states = State(*(part.detach() for part in states))
+        return loss, states, {f"model/{name}": value.detach() for name, value in metrics.items()}
+
+    def penalty(self, state: State) -> Tensor:
+        """Disagreement of the priors on arriving at a state. (M, ...)  ->  (M,)."""
+        args = self.args
+        if args.penalty == "none":
+            return state.deter.new_zeros(len(state.deter))
+        shape = args.stoch, args.classes
+        logits = self.model.rssm.priors(state.deter).unflatten(-1, shape)  # (N, M, S, K)
+        return PENALTY[args.penalty](logits, state.stoch.unflatten(-1, shape))
+
+    def imagine(self, state: State) -> tuple[list[State], list[TruncatedNormal], list[Tensor]]:
+        """The actor's rollout from states (M, ...)  ->  H + 1 states (M, ...), policies, and actions (M, A).
+
+        index      0            1        ...  H-1       H
+        state      of the data  imagined ...  imagined  imagined
+        action     ~ pi(sg feat)         ...            ~ pi      the last one is valued and not taken"""
+        states, policies, actions = [state], [], []
+        for t in range(self.args.horizon + 1):
+            policies.append(self.actor(states[t].feat.detach()))
+            actions.append(policies[t].sample(self.args.actor_sample_grad))
+            if t < self.args.horizon:
+                states.append(self.model.rssm.imagine(states[t], actions[t]))
+        return states, policies, actions
+
+    def actor_loss(self, start: State, batch: Sequences, keep: Tensor) -> tuple[Tensor, list[Tensor], Metrics]:
+        """Eq. 6 and the imitation term. start: states (B, T, ...) of the windows, without gradient; keep (B, T): f.
+        Returns loss (); the rollout without gradient, for the critics; metrics.
+
+        index      0       1    ...  H-1    H
+        feat       data    imagined  ...    imagined
+        reward     -       r^1  ...  r^H-1  r^H       penalised, on arrival
+        V0         min_i Q_i(feat, action)  ...
+        loss       Vhat^0  ...       Vhat^H-1         the first one: the actor's action in a state of the data"""
+        args = self.args
+        states, policies, actions = self.imagine(State(*(part.flatten(0, 1) for part in start)))
+        feat, action = torch.stack([state.feat for state in states]), torch.stack(actions)
+        rewarded = states[1:] if args.value == "expansion" else states[:-1]
+        penalty = torch.stack([self.penalty(state) for state in rewarded])
+        reward = self.model.reward(torch.stack([state.feat for state in rewarded])).squeeze(-1)
+        reward = reward - args.penalty_coef * penalty
+        entropy = torch.stack([policy.entropy() for policy in policies[:-1]])
+        assert reward.shape == entropy.shape == (args.horizon, action.shape[1])
+        if args.value == "expansion":
+            _, value = expand_values(reward, self.critic(feat, action).amin(0), args.gamma, args.td_lambda)
+            loss = -(value + args.actor_ent * entropy).mean()
+        else:  # as in Offline DV2: rewards of states 0 .. H-1, values of states 1 .. H, the actor's from state 1 on
+            value = lambda_return(reward, self.critic_target(feat[1:], action[1:])[0], args.gamma, args.td_lambda)
+            weight = args.gamma ** torch.arange(args.horizon - 1, device=feat.device)[:, None]
+            loss = -(weight * (value[1:] + args.actor_ent * entropy[:-1])).mean()
+        imitation, kept = self.imitation_loss(start, batch, keep)
+        metrics = {"actor/loss": loss, "actor/entropy": entropy.mean(), "bc/loss": imitation, "bc/kept": kept}
+        metrics |= {"imag/value": value.mean(), "imag/reward": reward.mean()}
+        metrics |= {"imag/penalty": penalty.mean(), "imag/penalty_std": penalty.std()}
+        rollout = [part.detach() for part in (feat, action, reward)]
+        return loss + args.bc_coef * imitation, rollout, {name: value.detach() for name, value in metrics.items()}
+
+    def imitation_loss(self, start: State, batch: Sequences, keep: Tensor) -> tuple[Tensor, Tensor]:
+        """-mean f log pi(a | s) over the data's pairs, and the mean of f.
+
+        row       t          t+1
+        feat      feat[t]                 arrival rows: the action that was taken in feat[t] lies in the next row
+        action               action[t+1]
+        f                    keep[t+1]    of the whole episode"""
+        keep = keep[:, 1:]
+        if self.args.bc_filter == "advantage":
+            with torch.no_grad():
+                value = self.critic(start.feat, self.actor(start.feat).sample("reference")).amin(0)
+                advantage = data_advantage(batch.reward, batch.discount, value, self.args.gamma, self.args.horizon)
+                keep = (advantage > 0).float()
+        log_prob = truncated_log_prob(self.actor(start.feat[:, :-1]), batch.action[:, 1:])
+        assert log_prob.shape == keep.shape  # (B, T - 1)
+        return -(keep * log_prob).mean(), keep.mean()  # DIFF 5
+
+    def critic_loss(self, rollout: list[Tensor], batch: Sequences) -> tuple[Tensor, Metrics]:
+        """Eq. 9: Eq. 7 on the rollout, feat (H + 1, M, F), action (H + 1, M, A), reward (H, M), and Eq. 8 on the data,
+        whose states are the rollout's first."""
+        args, (feat, action, reward) = self.args, rollout
+        if args.value == "dreamer":
+            return self.dreamer_critic_loss(feat, action, reward)
+        with torch.no_grad():
+            value = self.critic_target(feat, action).amin(0)
+            target, hat = expand_values(reward, value, args.gamma, args.td_lambda)
+        q = self.critic(feat[:-1], action[:-1])
+        assert q.shape[1:] == target.shape  # (2, H, M), (H, M)
+        model_loss = (target - q).square().mean((1, 2)).sum()  # Eq. 7; the sum: over the two critics
+        # row       j          j+1                                          arrival rows
+        # feat      feat[j]    feat[j+1]
+        # data                 action[j+1], reward[j+1], discount[j+1]
+        # value                V0bar of the actor's own action in feat[j+1]
+        shape = batch.reward.shape  # (B, T)
+        feat = feat[0].unflatten(0, shape)
+        following = (value if args.data_target == "v0" else hat)[0].unflatten(0, shape)[:, 1:]  # DIFF 2
+        target = batch.reward[:, 1:] + args.gamma * batch.discount[:, 1:] * following
+        q_data = self.critic(feat[:, :-1], batch.action[:, 1:])
+        assert q_data.shape[1:] == target.shape
+        data_loss = (target - q_data).square().mean((1, 2)).sum()
+        loss = model_loss + data_loss
+        metrics = {"loss": loss, "model_loss": model_loss, "data_loss": data_loss}
+        metrics |= {"q": q.mean(), "q_data": q_data.mean()}
+        return loss, {f"critic/{name}": value.detach() for name, value in metrics.items()}
+
+    def dreamer_critic_loss(self, feat: Tensor, action: Tensor, reward: Tensor) -> tuple[Tensor, Metrics]:
+        """DreamerV2's: lambda-returns of states 0 .. H-1, which include their own reward, weighted 1, gamma ..."""
+        args = self.args
+        with torch.no_grad():
+            target = lambda_return(reward, self.critic_target(feat[1:], action[1:])[0], args.gamma, args.td_lambda)
+        value = self.critic(feat[:-1], action[:-1])[0]
+        assert value.shape == target.shape  # (H, M)
+        weight = args.gamma ** torch.arange(len(target), device=feat.device)[:, None]
+        loss = (weight * 0.5 * (value - target).square()).mean()
+        return loss, {"critic/loss": loss.detach(), "critic/q": value.detach().mean()}
+
+    def update(self, batch: Sequences, keep: Tensor, *agent_batch: Tensor) -> Metrics:
+        """One gradient step of model, actor and critics. keep (B, T): f for the agent's windows, which are those of the
+        model unless they are given apart, as the parts of a Sequences (DIFF 3)."""
+        with self.autocast():
+            model_loss, states, metrics = self.model_loss(batch)
+        metrics["model/grad_norm"] = self.minimize("model", model_loss)
+        with self.autocast():
+            if agent_batch:
+                batch = Sequences(*agent_batch)
+                with torch.no_grad():
+                    states = self.filter(batch)
+            actor_loss, rollout, actor_metrics = self.actor_loss(states, batch, keep)
+        metrics["actor/grad_norm"] = self.minimize("actor", actor_loss)
+        with self.autocast():
+            critic_loss, critic_metrics = self.critic_loss(rollout, batch)
+        metrics["critic/grad_norm"] = self.minimize("critic", critic_loss)
+        return metrics | actor_metrics | critic_metrics
+
+    def update_target(self, step: int) -> None:
+        """After update number `step`."""
+        if self.args.tau:
+            with torch.no_grad():
+                pair = [*self.critic_target.parameters()], [*self.critic.parameters()]
+                torch._foreach_lerp_(*pair, self.args.tau)
+        elif step % self.args.target_every == 0:
+            self.critic_target.load_state_dict(self.critic.state_dict())
+
+    def minimize(self, name: str, loss: Tensor) -> Tensor:
+        """One step of an optimiser on its own parameters; no gradient is computed for others. -> its norm ()."""
+        optimizer = self.optimizers[name]
+        for parameter in optimizer.params:
+            parameter.grad = None
+        loss.backward(inputs=optimizer.params)
+        return optimizer.step()
+
+    @torch.no_grad()
+    def act(self, obs: Tensor, action: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """The actor's mode, and the filter's next state. obs (B, 3, 64, 64) uint8, arrived at by action (B, A); state:
+        what the last call returned, None at an episode's first image."""
+        first = torch.full((len(obs), 1), state is None, device=obs.device)
+        embed = self.model.embed(obs)[:, None]
+        states, _ = self.model.rssm.observe(embed, action[:, None], first, state, self.args.eval_state_mode)
+        state = State(*(part[:, 0] for part in states))
+        return self.actor(state.feat).loc, state
+
+    @torch.no_grad()
+    def explore(self, obs: Tensor, action: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """act() with an action drawn from the actor."""
+        _, state = self.act(obs, action, state)
+        return self.actor(state.feat).sample("reference"), state
+
+    def filter(self, batch: Sequences) -> State:
+        """States of windows, from their images. -> (B, T, ...)."""
+        return self.model.rssm.observe(self.model.embed(batch.image), batch.action, batch.is_first)[0]
+
+    def roll(self, batch: Sequences, context: int) -> State:
+        """The same for the first `context` rows; after them only the actions are known. -> (B, T, ...)."""
+        states = self.filter(Sequences(*(part[:, :context] for part in batch)))
+        found = [State(*parts) for parts in zip(*(part.unbind(1) for part in states))]
+        for t in range(context, batch.action.shape[1]):
+            found.append(self.model.rssm.imagine(found[-1], batch.action[:, t]))
+        return State(*(torch.stack(parts, 1) for parts in zip(*found)))
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Sequences) -> Tensor:
+        """What the decoder makes of the filtered states. -> (B, T, 3, 64, 64) in about [-0.5, 0.5]."""
+        return self.model.decode(self.filter(batch).feat)
+
+    @torch.no_grad()
+    def open_loop(self, batch: Sequences, context: int = 5) -> Tensor:
+        """Of the states that follow from `context` images and then actions alone. -> (B, T, 3, 64, 64)."""
+        return self.model.decode(self.roll(batch, context).feat)
+
+    def get_extra_state(self) -> dict:
+        """What torch adds to state_dict(): the optimisers. What else an update changes belongs here, for resume."""
+        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+
+    def set_extra_state(self, state: dict) -> None:
+        for name, optimizer_state in state.items():
+            self.optimizers[name].load_state_dict(optimizer_state)
+
+
+def normal_nll(mean: Tensor, x: Tensor) -> Tensor:
+    """-log N(x; mean, 1), the sum over all elements."""
+    return 0.5 * F.mse_loss(mean, x, reduction="sum") + 0.5 * math.log(2 * math.pi) * x.numel()
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Of S independent categoricals, nats. (..., S, K)  ->  (...)."""
+    log_probs = logits.log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum((-2, -1))
+
+
+def worth_imitating(buffer: SequenceBuffer, args: Args) -> Tensor:
+    """f of each row of the buffer, 1 or 0 by its episode; of the room for later episodes 0. -> (rows,) float32.
+
+    success: the episode has a step of at least --bc-success-reward. return: its return is above the quantile of all
+    episodes' returns, or equal to the highest."""
+    keep = torch.zeros(buffer.num_rows, device=buffer.device)
+    if args.bc_filter == "none":
+        return keep
+    count = int(buffer.lengths.sum())
+    good = torch.ones(len(buffer.lengths))
+    episodes = buffer.reward[:count].cpu().split(buffer.lengths.tolist())
+    if args.bc_filter == "success":
+        good = torch.stack([episode.max() >= args.bc_success_reward for episode in episodes]).float()
+    if args.bc_filter == "return":
+        returns = torch.stack([episode.sum() for episode in episodes])
+        good = ((returns > returns.quantile(args.bc_quantile)) | (returns == returns.max())).float()
+    keep[:count] = good.repeat_interleave(buffer.lengths).to(buffer.device)
+    return keep
+
+
+# ==== Environment ====
+
+
+def online_episode(agent: Agent, pool: EnvPool, args: Args, number: int) -> tuple:
+    """Plays episode `number` with drawn actions. -> images (T+1, 3, S, S), actions (T, A), rewards (T,), terminal."""
+    obs = pool.reset([ONLINE_SEED + 100_000 * args.seed + number])
+    images, actions, rewards, terminal = [obs[0]], [], [], [False]
+    action, state = np.zeros((1, agent.action_dim), np.float32), None
+    agent.eval()
+    while not pool.done.all():
+        arrays = (torch.from_numpy(array).to(args.device) for array in (obs, action))
+        chosen, state = agent.explore(*arrays, state)
+        action = chosen.cpu().numpy()
+        obs, reward, terminal = pool.step(action)
+        images.append(obs[0])
+        actions.append(action[0])
+        rewards.append(reward[0])
+    agent.train()
+    return np.stack(images), np.stack(actions), np.array(rewards), bool(terminal[0])
+
+
+# ==== Evaluation ====
+
+
+def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.ndarray]]:
+    """The actor's mode on filtered states, the same episodes and the same posterior draws every time. Returns score and
+    every return, frames of the first episode."""
+    agent.eval()
+    obs, returns, frames = pool.reset(EVAL_SEED + np.arange(pool.count)), np.zeros(pool.count), []  # DIFF 6
+    action, state = np.zeros((pool.count, agent.action_dim), np.float32), None
+    devices = [torch.cuda.current_device()] if args.device.startswith("cuda") else []
+    with torch.random.fork_rng(devices):  # how often one evaluates does not change the training's draws
+        torch.manual_seed(EVAL_SEED)
+        while not pool.done.all():
+            frames.append(obs[0].copy())  # a view would keep the frames of all episodes
+            images, last = (torch.from_numpy(array).to(args.device) for array in (obs, action))
+            chosen, state = agent.act(images, last, state)
+            action = chosen.cpu().numpy()
+            obs, reward, _ = pool.step(action)  # reward is 0 where the episode is over
+            returns += reward
+    agent.train()
+    return pool.summary(returns), frames
+
+
+def evaluate_run(args: Args) -> None:
+    """--evaluate RUN: scores a finished run's weights on --eval-episodes episodes and writes a video."""
+    args, facts, weights = load_run(args)
+    pool = evaluation_pool(args, facts, 1)
+    agent = Agent(args, facts["action_dim"]).to(args.device)
+    agent.load_state_dict(weights)
+    metrics, frames = evaluate(agent, pool, args)
+    print(f"score {metrics['score']:.2f}, returns {np.round(metrics['return'], 1).tolist()}")
+    save_video(Path(args.evaluate) / "evaluation.mp4", frames)
+
+
+def main(args: Args) -> None:
+    if args.evaluate:
+        return evaluate_run(args)
+    dataset = open_dataset(args, size=64)  # 64 px if it is a standard set (made on the spot if missing)
+    if dataset.size != SIZE:
+        raise UserError(f"{dataset.path} has images of {dataset.size} px; the decoder gives {SIZE}")
+    if args.horizon < 2 and args.value == "dreamer":
+        raise UserError(f"--horizon {args.horizon}: at least 2, the actor's first own reward is that of step 1")
+    if args.offline_from and not args.tag:
+        raise UserError(f"--offline-from {args.offline_from}: also give a --tag, such a run is no standard row")
+    if args.offline_from:
+        args.offline_steps = 0
+    if args.offline_steps is None:
+        args.offline_steps = dataset.num_transitions  # DIFF 8
+    if args.steps == 0:
+        raise UserError("--offline-steps 0 and --online-episodes 0: there is nothing to do")
+    run = start_run(args, dataset)  # folder, lock, config.json, copies of the code; seeds torch and NumPy
+    pool = evaluation_pool(args, dataset.facts(), 1)  # its workers neither import this file nor touch CUDA
+    online, episode_pool = None, None
+    if args.online_episodes:
+        episode_pool = EnvPool(args.task, SIZE, 1, 1, dataset.render, episode_steps=args.episode_steps)
+        length, repeat = episode_pool.call("clock", [()])[0]
+        online = OnlineSet(run.path / "online", args.online_episodes * (length + 1), SIZE, dataset.action_dim)
+    buffer = SequenceBuffer(dataset, args.batch_size, args.window, args.seed, args.device, args.buffer_device,
+                            online=online)  # fmt: skip
+    agent = Agent(args, buffer.action_dim).to(args.device)
+    update = accelerate(agent, "update", args)
+    step, keep = run.load_checkpoint(agent=agent, buffer=buffer), None  # step: 0 for a new run
+    if args.offline_from and step == 0:
+        agent.load_state_dict(load_offline(args, dataset, MODEL_FLAGS))
+    while step < args.steps:
+        phase = "offline" if step < args.offline_steps else "online"
+        if phase == "online" and (step - args.offline_steps) % args.updates_per_episode == 0:
+            buffer.add(*online_episode(agent, episode_pool, args, len(online.lengths)))
+            keep = None
+        if keep is None:  # the first update, or there is a new episode
+            keep = worth_imitating(buffer, args)
+        batch = buffer.sample()
+        if args.agent_batch_size:
+            other = buffer.sample(count=args.agent_batch_size)
+            metrics = update(batch, keep[other.row], *other)
+        else:
+            metrics = update(batch, keep[batch.row])
+        step += 1
+        agent.update_target(step)
+        if run.log_due(step):
+            run.log(phase, step, {name: value.item() for name, value in metrics.items()})  # the only .item()
+        if step == args.offline_steps:
+            run.save_offline(agent)
+        if pool and (run.eval_due(step) or step == args.offline_steps):
+            metrics, frames = evaluate(agent, pool, args)
+            if online:
+                metrics |= {"episodes": len(online.lengths)}
+                metrics |= {"env_steps": repeat * (sum(online.lengths) - len(online.lengths))}
+            run.log("eval", step, metrics)
+            if step == args.steps:
+                save_video(run.path / "evaluation.mp4", frames)
+        if run.checkpoint_due(step):
+            run.save_checkpoint(step, agent=agent, buffer=buffer)
+
+
+if __name__ == "__main__":
+    main(parse_args(Args, TUNED, QUICK))

@@ -1,0 +1,587 @@
+"""moto.py: its equations against sums and loops, its filters, and runs killed offline, in an episode, and online."""
+
+import functools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import moto
+import numpy as np
+import offline_dv2 as dv2
+import pytest
+import scipy.stats
+import torch
+from conftest import ENVIRONMENT, ROOT, run_main, synthetic_episode, write_set
+
+import common
+from common import Dataset, DatasetWriter, OnlineSet, SequenceBuffer, UserError
+
+SIZES = {"cnn_depth": 2, "stoch": 4, "classes": 3, "deter": 8, "hidden": 10, "units": 12, "ensemble": 3}
+FLAGS = SIZES | {
+    "batch_size": 2,
+    "window": 5,
+    "horizon": 4,
+    "device": "cpu",
+    "precision": "fp32",
+    "accelerate": "eager",
+}
+
+
+def make_agent(action_dim=2, **flags) -> moto.Agent:
+    torch.manual_seed(0)
+    return moto.Agent(moto.Args(**(FLAGS | flags)), action_dim)
+
+
+def make_batch(agent, count=2, rows=5, seed=0) -> common.Sequences:
+    rng = torch.Generator().manual_seed(seed)
+    is_first = torch.zeros(count, rows, dtype=torch.bool)
+    is_first[:, 0] = True
+    return common.Sequences(
+        torch.randint(256, (count, rows, 3, 64, 64), generator=rng, dtype=torch.uint8),
+        2 * torch.rand(count, rows, agent.action_dim, generator=rng) - 1,
+        torch.rand(count, rows, generator=rng), torch.ones(count, rows), is_first,
+        torch.arange(count * rows).view(count, rows),
+    )  # fmt: skip
+
+
+def states_of(agent, batch) -> moto.State:
+    with torch.no_grad():
+        return agent.filter(batch)
+
+
+def count(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+# ---- settings ----
+
+
+@pytest.mark.parametrize(
+    "task, dataset, expected",
+    [
+        ("metaworld-drawer-open", "demos", {"offline_steps": 1_000, "online_episodes": 1_000, "updates_per_episode": 20,
+                                            "bc_filter": "success", "bc_success_reward": 1.0, "eval_episodes": 20}),
+        ("kitchen-mixed", "mixed", {"offline_steps": 10_000, "online_episodes": 1_326, "updates_per_episode": 50,
+                                    "bc_filter": "success", "bc_success_reward": 4.0, "eval_episodes": 20}),
+        ("kitchen-partial", "partial", {"offline_steps": 10_000, "bc_success_reward": 3.0}),
+        ("walker-walk", "mixed", {"offline_steps": None, "online_episodes": 0, "bc_filter": "return",
+                                  "bc_quantile": 0.5, "eval_episodes": 10}),
+    ],
+)  # fmt: skip
+def test_settings(task, dataset, expected):
+    args = common.typed_args(moto.Args, moto.TUNED, moto.QUICK, ["--task", task, "--dataset", dataset])
+    expected = expected | {"model_lr": 1e-4, "actor_lr": 8e-5, "critic_lr": 8e-5, "batch_size": 16, "bc_coef": 10.0,
+                           "penalty_coef": 10.0, "penalty": "logit_std", "ensemble": 7}  # fmt: skip
+    assert {name: getattr(args, name) for name in expected} == expected
+    if args.offline_steps:
+        total = {"metaworld-drawer-open": 21_000, "kitchen-mixed": 76_300, "kitchen-partial": 76_300}[task]
+        assert args.steps == total
+
+
+@pytest.mark.parametrize("action_dim, expected", [(6, 974_001), (21, 980_001)])
+def test_parameter_counts(action_dim, expected):
+    agent = moto.Agent(moto.Args(device="cpu", precision="fp32"), action_dim)
+    assert [count(net) for net in agent.critic.nets] == [expected, expected]
+    twin = dv2.Agent(dv2.Args(device="cpu", precision="fp32"), action_dim)
+    assert count(agent.model) == count(twin.model) and count(agent.actor) == count(twin.actor)
+    dreamer = moto.Agent(moto.Args(device="cpu", precision="fp32", value="dreamer"), action_dim)
+    assert [count(net) for net in dreamer.critic.nets] == [count(twin.critic)]
+    assert all(torch.equal(a, b) for a, b in zip(agent.critic.parameters(), agent.critic_target.parameters()))
+    assert not torch.equal(*(net[0][0].weight for net in agent.critic.nets))
+
+
+# ---- values ----
+
+
+def test_the_value_recursion_is_eq_5():
+    """V^t as the paper has it: a mixture of the expansions of 1 .. H - t steps; Vhat mixes in that of none."""
+    horizon, gamma, lam = 5, 0.9, 0.7
+    reward, value = torch.randn(horizon, 3), torch.randn(horizon + 1, 3)  # reward[t] is r^{t+1}
+    expanded, hat = moto.expand_values(reward, value, gamma, lam)
+    for t in range(horizon):
+
+        def steps(k, t=t):
+            return sum(gamma ** (i - 1) * reward[t + i - 1] for i in range(1, k + 1)) + gamma**k * value[t + k]
+
+        last = horizon - t
+        explicit = (1 - lam) * sum(lam ** (k - 1) * steps(k) for k in range(1, last)) + lam ** (last - 1) * steps(last)
+        torch.testing.assert_close(expanded[t], explicit)
+        torch.testing.assert_close(hat[t], lam * explicit + (1 - lam) * value[t])
+
+
+def test_the_limits_of_the_value_recursion():
+    reward, value = torch.randn(3, 2), torch.randn(4, 2)
+    expanded, hat = moto.expand_values(reward, value, 0.9, 1.0)
+    torch.testing.assert_close(expanded[0], reward[0] + 0.9 * reward[1] + 0.81 * reward[2] + 0.729 * value[3])
+    torch.testing.assert_close(hat, expanded)
+    expanded, hat = moto.expand_values(reward, value, 0.9, 0.0)
+    torch.testing.assert_close(expanded, reward + 0.9 * value[1:])
+    torch.testing.assert_close(hat, value[:-1])
+
+
+def test_the_advantage_of_the_data_against_loops():
+    rows, horizon, gamma = 6, 3, 0.9
+    reward, value, discount = torch.randn(2, rows), torch.randn(2, rows), torch.ones(2, rows)
+    discount[1, 3] = 0  # a terminal: nothing after row 3 counts
+    found = moto.data_advantage(reward, discount, value, gamma, horizon)
+    assert found.shape == (2, rows - 1)
+    for b in range(2):
+        for t in range(rows - 1):
+            total, factor, k = 0.0, 1.0, t
+            while k < min(t + horizon, rows - 1):
+                k += 1
+                total += factor * reward[b, k].item()
+                factor *= gamma * discount[b, k].item()
+            assert found[b, t].item() == pytest.approx(
+                total + factor * value[b, k].item() - value[b, t].item(), abs=1e-5
+            )
+
+
+def test_log_prob_against_scipy():
+    policy = moto.TruncatedNormal(torch.tensor([[0.3, -0.9]]), torch.tensor([[0.2, 1.5]]))
+    action = torch.tensor([[0.5, -1.0]])
+    low, high, _ = policy.bounds()
+    expected = scipy.stats.truncnorm.logpdf(action, low, high, policy.loc, policy.scale).sum()
+    assert moto.truncated_log_prob(policy, action).item() == pytest.approx(expected, abs=1e-4)
+    corner = moto.TruncatedNormal(torch.tensor([[1.0]]), torch.tensor([[0.1]]))
+    assert torch.isfinite(moto.truncated_log_prob(corner, torch.tensor([[-1.0]]))).all()  # 20 deviations away
+
+
+# ---- losses ----
+
+
+def test_the_actor_loss_is_its_definition():
+    agent = make_agent(penalty_coef=2.0, bc_coef=3.0, actor_ent=0.1)
+    batch, keep = make_batch(agent), torch.tensor([[1.0] * 5, [0.0] * 5])
+    start = states_of(agent, batch)
+    torch.manual_seed(1)
+    loss, rollout, metrics = agent.actor_loss(start, batch, keep)
+    torch.manual_seed(1)
+    states, policies, actions = agent.imagine(moto.State(*(part.flatten(0, 1) for part in start)))
+    feats = [torch.cat([state.stoch, state.deter], -1) for state in states]
+    assert len(states) == len(actions) == 5
+    value = [
+        torch.minimum(*(net(torch.cat(pair, -1))[:, 0] for net in agent.critic.nets)) for pair in zip(feats, actions)
+    ]
+    reward = [agent.model.reward(f)[:, 0] - 2.0 * agent.penalty(s) for f, s in zip(feats[1:], states[1:])]
+    hat, hats = value[4], []
+    for t in (3, 2, 1, 0):
+        hat = 0.05 * value[t] + 0.95 * (reward[t] + 0.99 * hat)
+        hats.append(hat)
+    entropy = torch.stack([policy.entropy() for policy in policies[:4]])
+    rollouts = -(torch.stack(hats).mean() + 0.1 * entropy.mean())
+    log_prob = moto.truncated_log_prob(agent.actor(start.feat[0, :-1]), batch.action[0, 1:])  # window 1 is not kept
+    imitation = -log_prob.sum() / 8
+    torch.testing.assert_close(loss, rollouts + 3.0 * imitation)
+    torch.testing.assert_close(metrics["bc/loss"], imitation.detach())
+    assert metrics["bc/kept"] == 0.5
+    feat, action, rewards = rollout
+    torch.testing.assert_close(feat, torch.stack(feats).detach())
+    torch.testing.assert_close(action, torch.stack(actions).detach())
+    torch.testing.assert_close(rewards, torch.stack(reward).detach())
+    assert not any(part.requires_grad for part in rollout)
+
+
+def test_the_actors_gradient_reaches_it_from_its_first_action_on():
+    """Eq. 6 begins at t = 0, with the value of the actor's action in a state of the data; the policy's own input gives
+    no gradient, its draw does."""
+    agent = make_agent(penalty="none", bc_filter="none", actor_ent=0.0, td_lambda=0.0)
+    batch = make_batch(agent)
+    start = states_of(agent, batch)
+    loss, _, _ = agent.actor_loss(start, batch, torch.zeros(2, 5))
+    assert all(parameter.grad is None for parameter in agent.parameters())
+    norm = agent.minimize("actor", loss)
+    assert norm > 0 and all(parameter.grad is None for parameter in agent.critic.parameters())
+    assert all(parameter.grad is None for parameter in agent.model.parameters())
+
+
+@pytest.mark.parametrize("data_target", ["v0", "vhat"])
+def test_the_critic_loss_is_its_definition(data_target):
+    agent = make_agent(data_target=data_target)
+    for parameter in agent.critic_target.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    batch = make_batch(agent)._replace(discount=torch.tensor([[1.0, 1, 1, 1, 0], [1, 1, 1, 1, 1]]))
+    feat, action = torch.randn(5, 10, agent.model.feat_dim), torch.rand(5, 10, 2) * 2 - 1
+    reward = torch.randn(4, 10)
+    loss, metrics = agent.critic_loss([feat, action, reward], batch)
+
+    def q(critic, feat, action):
+        return [net(torch.cat([feat, action], -1))[..., 0] for net in critic.nets]
+
+    value = torch.minimum(*q(agent.critic_target, feat, action))
+    expanded, hat = moto.expand_values(reward, value, 0.99, 0.95)
+    model = sum(((expanded - own) ** 2).mean() for own in q(agent.critic, feat[:-1], action[:-1]))
+    following = (value if data_target == "v0" else hat)[0].view(2, 5)
+    data = torch.zeros(())
+    for b in range(2):
+        for j in range(4):
+            target = batch.reward[b, j + 1] + 0.99 * batch.discount[b, j + 1] * following[b, j + 1]
+            for own in q(agent.critic, feat[0].view(2, 5, -1)[b, j], batch.action[b, j + 1]):
+                data = data + (target - own) ** 2 / 8
+    torch.testing.assert_close(loss, model + data)
+    torch.testing.assert_close(metrics["critic/data_loss"], data.detach())
+    agent.minimize("critic", loss)
+    assert all(parameter.grad is None for parameter in (*agent.actor.parameters(), *agent.critic_target.parameters()))
+
+
+def test_value_dreamer_is_offline_dv2():
+    """Same weights, same draws: the losses of Offline DV2's second phase."""
+    agent = make_agent(value="dreamer", penalty="mean_disagreement", penalty_coef=2.0, actor_ent=0.1)
+    twin = dv2.Agent(dv2.Args(**(FLAGS | {"penalty_coef": 2.0, "actor_ent": 0.1})), 2)
+    twin.model.load_state_dict(agent.model.state_dict())
+    twin.actor.load_state_dict(agent.actor.state_dict())
+    for critic in (agent.critic_target, agent.critic):
+        for parameter in critic.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    twin.critic.load_state_dict(agent.critic.nets[0].state_dict())
+    twin.critic_target.load_state_dict(agent.critic_target.nets[0].state_dict())
+    batch = make_batch(agent)
+    start = states_of(agent, batch)
+    torch.manual_seed(1)
+    loss, rollout, metrics = agent.actor_loss(start, batch, torch.zeros(2, 5))
+    torch.manual_seed(1)
+    expected, feat, target, _ = twin.actor_loss(dv2.State(*(part.flatten(0, 1) for part in start)))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(agent.critic_loss(rollout, batch)[0], twin.critic_loss(feat, target)[0])
+
+
+def test_the_model_loss_is_offline_dv2s():
+    agent, twin = make_agent(), dv2.Agent(dv2.Args(**FLAGS), 2)
+    twin.model.load_state_dict(agent.model.state_dict())
+    batch = make_batch(agent)
+    torch.manual_seed(1)
+    loss, states, metrics = agent.model_loss(batch)
+    torch.manual_seed(1)
+    expected, theirs = twin.model_loss(batch)
+    assert torch.equal(loss, expected) and metrics["model/kl"] == theirs["model/kl"]
+    assert states.deter.shape == (2, 5, 8) and not states.stoch.requires_grad
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"penalty": "none"}, {"value": "dreamer"}, {"bc_filter": "advantage"}, {"tau": 0.01}]
+)
+def test_one_update_moves_all_networks(flags):
+    """And every ablation of Figure 3 is one flag."""
+    agent = make_agent(**flags)
+    before = {name: value.clone() for name, value in agent.state_dict().items() if isinstance(value, torch.Tensor)}
+    metrics = agent.update(make_batch(agent), torch.ones(2, 5))
+    agent.update_target(1)
+    assert all(torch.isfinite(value) for value in metrics.values())
+    moved = {name.split(".")[0] for name, value in before.items() if not torch.equal(value, agent.state_dict()[name])}
+    assert moved == {"model", "actor", "critic"} | ({"critic_target"} if "tau" in flags else set())
+    agent.update_target(100)
+    if "tau" not in flags:
+        assert all(torch.equal(a, b) for a, b in zip(agent.critic.parameters(), agent.critic_target.parameters()))
+
+
+def test_polyak_targets():
+    agent = make_agent(tau=0.25)
+    for parameter in agent.critic.parameters():
+        torch.nn.init.ones_(parameter)
+    old = [parameter.clone() for parameter in agent.critic_target.parameters()]
+    agent.update_target(7)
+    for parameter, before in zip(agent.critic_target.parameters(), old):
+        torch.testing.assert_close(parameter, 0.75 * before + 0.25)
+
+
+def test_windows_apart_for_the_agent():
+    """--agent-batch-size: the actor's and critics' windows, and their f, are others than the model's."""
+    agent = make_agent()
+    other = make_batch(agent, count=3, seed=1)
+    metrics = agent.update(make_batch(agent), torch.tensor([[0.0] * 5, [1.0] * 5, [1.0] * 5]), *other)
+    assert metrics["bc/kept"].item() == pytest.approx(2 / 3)
+
+
+def test_bf16_is_near_fp32():
+    found = []
+    for precision in ("fp32", "bf16"):
+        agent = make_agent(precision=precision, deter=32, hidden=32, units=32)
+        batch = make_batch(agent)
+        start = states_of(agent, batch)
+        torch.manual_seed(2)
+        with agent.autocast():
+            loss, rollout, metrics = agent.actor_loss(start, batch, torch.ones(2, 5))
+            critic_loss, _ = agent.critic_loss(rollout, batch)
+        assert loss.dtype == critic_loss.dtype == torch.float32
+        assert all(value.dtype == torch.float32 for value in metrics.values())
+        found.append(loss.item())
+    assert found[0] == pytest.approx(found[1], rel=0.1)
+
+
+def test_imitation_alone_learns_the_data():
+    """All else off, the actor comes to the actions of the windows it is to imitate."""
+    agent = make_agent(penalty="none", bc_coef=1000.0, deter=32, hidden=32, units=32, actor_lr=1e-3)
+    batch = make_batch(agent)
+    batch = batch._replace(
+        action=torch.where(torch.arange(2)[:, None, None] == 0, 0.5, -0.5).expand(2, 5, 2).contiguous()
+    )
+    start, keep = states_of(agent, batch), torch.tensor([[1.0] * 5, [0.0] * 5])
+    for _ in range(200):
+        agent.minimize("actor", agent.actor_loss(start, batch, keep)[0])
+    assert (agent.actor(start.feat[0, :-1]).loc - 0.5).abs().max() < 0.1  # from the last row no action is taken
+
+
+# ---- what is worth imitating ----
+
+
+def reward_set(path: Path, rewards: list[list[float]]) -> Dataset:
+    """Episodes of these rewards."""
+    rng, row = np.random.default_rng(0), 0
+    with DatasetWriter(path, 64, 2) as writer:
+        for episode in rewards:
+            frames, actions, _ = synthetic_episode(row, len(episode), 64, 2, rng)
+            writer.add(frames, actions, np.array(episode))
+            row += len(episode) + 1
+    return Dataset(path)
+
+
+def test_filters_of_episodes(tmp_path):
+    dataset = reward_set(tmp_path / "set", [[0, 0, 0], [1, 1], [0, 0, 1, 0], [0.5, 0.4]])
+    buffer = SequenceBuffer(dataset, 2, 2)
+    rows = [4, 3, 5, 3]
+
+    def kept(**flags) -> list[float]:
+        found = moto.worth_imitating(buffer, moto.Args(**flags))
+        assert found.shape == (15,) and found.dtype == torch.float32
+        parts = found.split(rows)
+        assert all((part == part[0]).all() for part in parts)  # whole episodes
+        return [part[0].item() for part in parts]
+
+    assert kept(bc_filter="all") == [1, 1, 1, 1] and kept(bc_filter="none") == [0, 0, 0, 0]
+    assert kept(bc_filter="success") == [0, 1, 1, 0]
+    assert kept(bc_filter="success", bc_success_reward=0.5) == [0, 1, 1, 1]
+    assert kept(bc_filter="return") == [0, 1, 1, 0]  # returns 0, 2, 1, 0.9; the median is 0.95
+    assert kept(bc_filter="return", bc_quantile=0.0) == [0, 1, 1, 1]  # above the lowest
+    assert kept(bc_filter="return", bc_quantile=1.0) == [0, 1, 0, 0]  # the best
+
+
+# ---- the buffer that grows ----
+
+
+def episode_of(length: int, value: int) -> tuple:
+    images = np.full((length + 1, 3, 64, 64), value, np.uint8)
+    return images, np.full((length, 2), value / 100, np.float32), np.full(length, value / 10), False
+
+
+def test_the_buffer_grows(tmp_path):
+    dataset = Dataset(write_set(tmp_path / "set", lengths=(7, 5), size=64))  # 8 + 6 rows
+    online = OnlineSet(tmp_path / "online", 12, 64, 2)
+    buffer = SequenceBuffer(dataset, 64, 4, online=online)
+    assert buffer.num_rows == 26 and buffer.sample().row.max() == 13
+    buffer.add(*episode_of(5, 50))
+    buffer.add(*episode_of(2, 60))  # 3 rows: shorter than the window
+    rows = torch.cat([buffer.sample().row for _ in range(40)])
+    starts = rows[:, 0]
+    share = (starts >= 14).float().mean().item()
+    assert 0.28 < share < 0.39 and set(starts[starts >= 14].tolist()) == {14, 15, 16}  # one of three episodes
+    batch = buffer.gather(torch.arange(14, 18)[None])
+    assert (batch.image == 50).all() and torch.equal(batch.is_first[0], torch.tensor([True, False, False, False]))
+    torch.testing.assert_close(batch.action[0, :, 0], torch.tensor([0.0, 0.5, 0.5, 0.5]))
+    torch.testing.assert_close(batch.reward[0], torch.tensor([0.0, 5.0, 5.0, 5.0]))
+    assert (batch.discount == 1).all()
+    np.testing.assert_array_equal(np.load(tmp_path / "online" / "image.npy")[6:9], 60)
+    assert len(Dataset(tmp_path / "set").parts[0].reward) == 14  # the offline set is as it was
+
+
+def test_a_buffer_continues_with_the_episodes_that_counted(tmp_path):
+    dataset = Dataset(write_set(tmp_path / "set", lengths=(7, 5), size=64))
+    buffer = SequenceBuffer(dataset, 8, 4, seed=3, online=OnlineSet(tmp_path / "online", 18, 64, 2))
+    buffer.add(*episode_of(5, 50))
+    state = buffer.state_dict()
+    state = {"generator": state["generator"].clone(), "online": list(state["online"])}
+    expected = buffer.sample()
+    buffer.add(*episode_of(5, 99))  # after the checkpoint
+    other = SequenceBuffer(dataset, 8, 4, seed=9, online=OnlineSet(tmp_path / "online", 18, 64, 2))
+    other.load_state_dict(state)
+    found = other.sample()
+    assert all(torch.equal(one, two) for one, two in zip(found, expected)) and found.row.max() >= 14
+    other.add(*episode_of(5, 60))
+    assert (np.load(tmp_path / "online" / "image.npy")[6:12] == 60).all()  # over what came after the checkpoint
+    assert other.lengths.tolist() == [8, 6, 6, 6]
+
+
+def test_no_room_for_the_episodes(tmp_path):
+    with pytest.raises(UserError, match="online.*what was complete before is kept"):
+        OnlineSet(tmp_path / "online", 10**12, 64, 2)  # 12 petabytes
+
+
+# ---- runs ----
+
+SMALL = [word for name, value in SIZES.items() for word in (f"--{name.replace('_', '-')}", value)]
+SMALL += ["--batch-size", 2, "--window", 5, "--horizon", 2, "--device", "cpu", "--log-every", 1, "--eval-every", 3]
+SMALL += ["--eval-episodes", 1, "--episode-steps", 6, "--target-every", 2, "--task", "walker-walk"]
+STEPS = ["--offline-steps", 3, "--online-episodes", 3, "--updates-per-episode", 2]
+
+
+@pytest.fixture(scope="module")
+def walker_set(tmp_path_factory) -> Path:
+    """Not rendered: noise that claims to be walker-walk."""
+    path, rng, row = tmp_path_factory.mktemp("data") / "noise", np.random.default_rng(0), 0
+    with DatasetWriter(path, 64, 6, task="walker-walk", mujoco=common.versions()["mujoco"]) as writer:
+        for length in (12, 9):
+            writer.add(*synthetic_episode(row, length, 64, 6, rng))
+            row += length + 1
+    return path
+
+
+@pytest.fixture
+def train(walker_set, tmp_path):
+    """train(*flags) is moto.py's command line, here: see run_main."""
+
+    def call(*flags, crash=None, steps=STEPS, dataset=walker_set):
+        words = ["--dataset", dataset, "--runs-dir", tmp_path / "runs", *SMALL, *steps, *flags]
+        return run_main(moto, words, crash=crash)
+
+    call.folder = lambda name="seed0": tmp_path / "runs" / "moto" / "walker-walk" / "noise" / name
+    return call
+
+
+def rows_of(run: Path, part: str) -> list[list[str]]:
+    """A metrics file without its wall clock."""
+    return [[line.split(",")[0], *line.split(",")[2:]] for line in (run / f"{part}.csv").read_text().splitlines()]
+
+
+def same_runs(one: Path, two: Path) -> bool:
+    for part in ("offline", "online", "eval"):
+        assert rows_of(one, part) == rows_of(two, part)
+    ours, theirs = (torch.load(run / "weights.pt", weights_only=True) for run in (one, two))
+    images = [np.load(run / "online" / "image.npy") for run in (one, two)]
+    return np.array_equal(*images) and all(torch.equal(ours[n], theirs[n]) for n in ours if n != "_extra_state")
+
+
+@pytest.fixture(scope="module")
+def whole(walker_set, tmp_path_factory) -> Path:
+    """The run that nothing interrupts."""
+    runs = tmp_path_factory.mktemp("whole")
+    assert run_main(moto, ["--dataset", walker_set, "--runs-dir", runs, *SMALL, *STEPS]) is None
+    return runs / "moto" / "walker-walk" / "noise" / "seed0"
+
+
+def test_a_run_of_both_phases(whole):
+    steps = {part: [int(row[0]) for row in rows_of(whole, part)[1:]] for part in ("offline", "online", "eval")}
+    assert steps == {"offline": [1, 2, 3], "online": [4, 5, 6, 7, 8, 9], "eval": [3, 6, 9]}
+    finished = json.loads((whole / "finished.json").read_text())
+    assert (finished["steps"], finished["episodes"], finished["env_steps"]) == (9, 3, 36)  # 3 x 6 actions, repeat 2
+    header, *rows = rows_of(whole, "eval")
+    assert [row[header.index("env_steps")] for row in rows] == ["0", "24", "36"]
+    images, actions = (np.load(whole / "online" / f"{name}.npy") for name in ("image", "action"))
+    assert images.shape == (21, 3, 64, 64) and images.std() > 10
+    assert (actions[[0, 7, 14]] == 0).all() and (np.abs(actions[1:7]) > 0).all()  # an episode's reset row
+    assert (images[0] != images[7]).any()  # another episode begins in another state
+
+
+@pytest.mark.parametrize("crash", [2, 4, 5, 6])  # offline; at the first update after an episode; at the second; ...
+def test_a_killed_run_continues_bit_by_bit(train, whole, crash):
+    assert isinstance(train(crash=crash), KeyboardInterrupt)
+    assert train() is None
+    assert same_runs(train.folder(), whole)
+
+
+def test_killed_in_the_middle_of_an_episode(train, whole, monkeypatch):
+    original, calls = common.EnvPool.step, 0
+
+    def step(self, actions):
+        nonlocal calls
+        calls += 1
+        if (
+            calls == 21
+        ):  # one evaluation of 6, two episodes of 6 and an evaluation; the fourth step of the third episode
+            raise KeyboardInterrupt
+        return original(self, actions)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.EnvPool, "step", step)
+        assert isinstance(train(), KeyboardInterrupt)
+    assert train() is None
+    assert same_runs(train.folder(), whole)
+
+
+@pytest.mark.parametrize("phase", ["offline", "online"])
+def test_kill_9(walker_set, tmp_path, whole, phase):
+    """The process as a whole, as soon as the phase has begun."""
+    words = ["--dataset", walker_set, "--runs-dir", tmp_path, *SMALL, *STEPS]
+    command = [sys.executable, ROOT / "algos" / "moto.py", *words]
+    run = tmp_path / "moto" / "walker-walk" / "noise" / "seed0"
+    process = subprocess.Popen([*map(str, command)], env=ENVIRONMENT, start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (run / f"{phase}.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (run / f"{phase}.csv").exists() and not (run / "finished.json").exists()
+    assert run_main(moto, words) is None
+    assert same_runs(run, whole)
+
+
+def test_beginning_online_from_another_run(train, whole):
+    error = train("--offline-from", whole)
+    assert isinstance(error, UserError) and "--tag" in str(error)
+    assert train("--offline-from", whole, "--tag", "on") is None
+    run = train.folder("on-seed0")
+    assert not (run / "offline.csv").exists() and len(rows_of(run, "online")) == 7
+    first, theirs = (rows_of(folder, "online") for folder in (run, whole))
+    image_loss = theirs[0].index("model/image_loss")
+    assert abs(float(first[1][image_loss]) - float(theirs[1][image_loss])) < 50  # it knows images already
+    error = train("--offline-from", whole, "--tag", "wide", "--units", 14)
+    assert isinstance(error, UserError) and "--units 12, here 14" in str(error)
+    assert isinstance(train("--tag", "short", crash=2), KeyboardInterrupt)
+    error = train("--offline-from", train.folder("short-seed0"), "--tag", "none")
+    assert isinstance(error, UserError) and "has not finished its offline phase of 3 updates" in str(error)
+
+
+def test_offline_alone_and_more_episodes_later(train):
+    assert train(steps=["--offline-steps", 3]) is None
+    run = train.folder()
+    assert not (run / "online").exists() and "env_steps" not in rows_of(run, "eval")[0]
+    assert isinstance(train("--tag", "more", crash=6), KeyboardInterrupt)
+    more = ["--offline-steps", 3, "--online-episodes", 4, "--updates-per-episode", 2]
+    assert train("--tag", "more", steps=more) is None
+    assert len(rows_of(train.folder("more-seed0"), "online")) == 9
+
+
+def test_what_cannot_be(train):
+    error = train(steps=["--offline-steps", 0])
+    assert isinstance(error, UserError) and "there is nothing to do" in str(error)
+    error = train("--value", "dreamer", "--horizon", 1)
+    assert isinstance(error, UserError) and "--horizon 1: at least 2" in str(error)
+    error = train("--window", 14)
+    assert isinstance(error, UserError) and "its longest episode has 13 rows, --window 14" in str(error)
+    error = train("--online-episodes", -1)
+    assert isinstance(error, UserError) and "--online-episodes -1: at least 0" in str(error)
+
+
+def test_a_loss_that_is_not_finite(train, monkeypatch):
+    original = moto.Agent.critic_loss
+
+    def broken(self, rollout, batch):
+        loss, metrics = original(self, rollout, batch)
+        return loss, metrics | {"critic/data_loss": torch.tensor(math.nan)}
+
+    monkeypatch.setattr(moto.Agent, "critic_loss", broken)
+    error = train()
+    assert isinstance(error, UserError) and "critic/data_loss is nan at step 1" in str(error)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on the CPU needs g++")
+def test_compiled_losses_equal_eager_ones():
+    """Where nothing is drawn: modes instead of samples."""
+    found = []
+    for accelerate in ("eager", "compile"):
+        agent = make_agent(window=3, horizon=2, ensemble=1, accelerate=accelerate)
+        mode = functools.partial(moto.RSSM.sample, agent.model.rssm, mode=True)
+        agent.model.rssm.sample = lambda logits, _=False, mode=mode: mode(logits)
+        update = common.accelerate(agent, "update", agent.args)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(moto.TruncatedNormal, "sample", lambda self, gradient: 0.9 * self.loc)
+            found.append([update(make_batch(agent, rows=3), torch.ones(2, 3)) for _ in range(2)])
+    for one, two in zip(*found):
+        for name in one:
+            assert one[name].item() == pytest.approx(two[name].item(), rel=1e-3, abs=1e-5), name
