@@ -377,7 +377,8 @@ def _for_workers(**environment: str):
 # zeros. So a transition is (image[t], action[t+1], reward[t+1], discount[t+1], image[t+1]), and an episode of T
 # steps has T+1 rows. discount is 0 after a terminal step, else 1 (a time limit is no terminal).
 
-STANDARD_SETS = ("random", "mixed", "medium", "medexp", "expert", "demos", "partial")
+STANDARD_SETS = ("random", "mixed", "medium", "medexp", "expert")  # V-D4RL's
+NAMED_SETS = (*STANDARD_SETS, "demos", "partial")  # and those of manipulation tasks
 STANDARD_TRANSITIONS = {("cheetah-run", "mixed"): 200_000, ("humanoid-walk", "mixed"): 600_000}  # else as below
 ARRAYS = {"image": np.uint8, "action": np.float32, "reward": np.float32, "discount": np.float32, "episode": np.int64}
 HEADER = 128  # bytes before the rows of a .npy file
@@ -515,10 +516,10 @@ def open_dataset(args, size: int) -> Dataset:
 
     args.dataset: a standard name (at `size` pixels; made on the spot if it is missing) or the path of a set of any
     size. For a path, args.task becomes the set's own task. Raises UserError that lists what there is."""
-    if args.dataset not in STANDARD_SETS:
+    if args.dataset not in NAMED_SETS:
         if not Path(args.dataset).is_dir():
             raise UserError(
-                f"--dataset {args.dataset}: neither one of {', '.join(STANDARD_SETS)} nor a folder. "
+                f"--dataset {args.dataset}: neither one of {', '.join(NAMED_SETS)} nor a folder. "
                 f"In --data-dir {args.data_dir} there are: {_known_sets(args.data_dir)}"
             )
         dataset = Dataset(args.dataset)

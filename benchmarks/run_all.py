@@ -38,6 +38,7 @@ from collect import PARTS, policy_file  # noqa: E402
 
 from common import (  # noqa: E402
     FREE_FLAGS,
+    NAMED_SETS,
     STANDARD_SETS,
     UserError,
     changed_code,
@@ -55,7 +56,7 @@ from common import (  # noqa: E402
 @dataclass
 class Args:
     algos: str = ""  # files in algos/ without .py, separated by commas; empty: all
-    tasks: str = "walker-walk,cheetah-run,humanoid-walk"  # dm_control domain-task, separated by commas
+    tasks: str = "walker-walk,cheetah-run,humanoid-walk"  # domain-task, or metaworld-..., separated by commas
     datasets: str = ",".join(STANDARD_SETS)  # names or folders of sets, separated by commas
     seeds: str = "6"  # how many, from 0; or several, separated by commas: 3,4
     source: str = ""  # as in every algorithm
@@ -78,7 +79,7 @@ class Row:
     make: str  # the command that makes the set; empty where it is there
     command: str  # from the repository's root
     state: str  # new; "step N" where a checkpoint is; finished; "impossible: why"
-    standard: bool  # the set is one of STANDARD_SETS, not one's own
+    standard: bool  # the set is one of NAMED_SETS, not one's own
 
     @property
     def log(self) -> Path:
@@ -120,7 +121,7 @@ def load(algo: str):
 
 def rows_of(algo: str, module, task: str, dataset: str, seeds, extra: list[str]):
     """The rows of one algorithm, task and set."""
-    script, standard = Path(module.__file__), dataset in STANDARD_SETS
+    script, standard = Path(module.__file__), dataset in NAMED_SETS
     words = ["--task", task, "--dataset", dataset]
     args = typed_args(module.Args, module.TUNED, module.QUICK, [*words, *extra])
     make, problem, source = "", "", args.source
@@ -152,7 +153,11 @@ def how_to_make(args, size: int, folder: Path) -> tuple[str, str]:
         return "", f"{folder} does not exist; import the official files with data/vd4rl.py"
     try:
         for name in PARTS if args.dataset == "medexp" else (args.dataset,):
-            if name != "random":
+            if name == "demos" and not args.task.startswith("metaworld-"):
+                raise UserError(
+                    f"--dataset demos: there are scripted policies for metaworld-<task>, not for {args.task}"
+                )
+            if name not in ("random", "demos"):
                 policy_file(args.task, name)
     except UserError as error:
         return "", str(error)
@@ -427,7 +432,7 @@ def main(args: Args, extra: list[str]) -> int:
         raise UserError(
             f"--seeds {args.seeds} --jobs {args.jobs}: at least 1; seeds are a number, or several with commas"
         )
-    args.datasets = ",".join(d if d in STANDARD_SETS else str(Path(d).absolute()) for d in args.datasets.split(","))
+    args.datasets = ",".join(d if d in NAMED_SETS else str(Path(d).absolute()) for d in args.datasets.split(","))
     os.chdir(ROOT)  # where the runs begin: other relative paths mean the same here and there
     flags = {"--source": args.source, "--tag": args.tag, "--runs-dir": args.runs_dir}
     words = [word for flag, value in flags.items() if value for word in (flag, value)] + ["--quick"] * args.quick

@@ -95,7 +95,7 @@ def test_filters(repo, words, expected):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--algos", "nope"], "no algos/nope.py; there are bad, bc, cql, drq_bc, lompo, offline_dv2"),
+        (["--algos", "nope"], "no algos/nope.py; there are bad, bc, cql, drq_bc, lompo, moto, offline_dv2"),
         (["--seeds", "0"], "--seeds 0 --jobs None: at least 1"),
         (["--seeds", "3-5"], "--seeds 3-5"),
         (["--jobs", "0"], "--jobs 0"),
