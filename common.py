@@ -555,6 +555,9 @@ def collect_flags(args, size: int) -> list[str]:
 
 def _make_dataset(args, size: int, folder: Path) -> None:
     collect, flags = HERE / "data" / "collect.py", collect_flags(args, size)
+    if args.task.startswith("kitchen-"):
+        how = f"python data/minari_kitchen.py --dataset {args.dataset}"
+        raise UserError(f"{folder} does not exist; re-render Minari's set, which is fetched: {how}")
     if args.source != "made":
         raise UserError(f"{folder} does not exist; import the official files: python data/vd4rl.py import --help")
     if not collect.exists():

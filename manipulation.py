@@ -81,6 +81,14 @@ class ManipulationEnv:
     def action_size(self) -> int:
         return self.action_dim
 
+    def film(self, states: np.ndarray) -> np.ndarray:
+        """Frames of the kitchen in recorded states (n, 59). -> (n, 3, S, S) uint8."""
+        frames = []
+        for qpos, qvel in zip(*split_kitchen(states)):
+            self.env.robot_env.set_state(qpos, qvel)
+            frames.append(self._render())
+        return np.stack(frames)
+
     def clock(self) -> tuple[int, int]:
         """Actions in an episode, simulation steps in an action."""
         return self.episode_steps, self.repeat
@@ -134,6 +142,23 @@ def make_kitchen(name: str):
         raise UserError(f"--task kitchen-{name}: no such task. There are: {', '.join(KITCHEN)}")
     goals = KITCHEN[f"kitchen-{name}"]
     return KitchenEnv(goals, terminate_on_tasks_completed=False, remove_task_when_completed=False)
+
+
+def split_kitchen(states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Observations (n, 59) of the kitchen: robot position 9, velocity 9, objects' positions 21, velocities 20.
+    -> qpos (n, 30), qvel (n, 29)."""
+    return np.hstack([states[:, :9], states[:, 18:39]]), np.hstack([states[:, 9:18], states[:, 39:59]])
+
+
+def objects_in_place(task: str, states: np.ndarray) -> np.ndarray:
+    """How many of a kitchen task's four are in place in states (n, 59). -> (n,) float."""
+    from gymnasium_robotics.envs.franka_kitchen.kitchen_env import BONUS_THRESH, OBS_ELEMENT_GOALS, OBS_ELEMENT_INDICES
+
+    qpos, _ = split_kitchen(states)
+    distances = [
+        np.linalg.norm(qpos[:, OBS_ELEMENT_INDICES[name]] - OBS_ELEMENT_GOALS[name], axis=1) for name in KITCHEN[task]
+    ]
+    return (np.array(distances) < BONUS_THRESH).sum(0).astype(float)
 
 
 def make_adroit(name: str):

@@ -1,0 +1,121 @@
+"""Renders Minari's state-only Franka Kitchen sets, as MOTO does with the same demonstrations (arXiv:2401.03306 App. C).
+
+    python data/minari_kitchen.py --dataset mixed       # microwave, kettle, light switch, slide cabinet
+    python data/minari_kitchen.py --dataset partial     # microwave, kettle, bottom burner, light switch
+
+Minari's own client fetches the set (needs requirements-manipulation.txt and a network, or a set in
+$MINARI_DATASETS_PATH). Of its episodes the recorded states are rendered and the actions kept; the reward of a step is
+counted anew from the state it led to, how many of the four objects are in place, since Minari's takes an object
+off the list once it is done. The set goes to made/kitchen-<dataset>/<dataset>-64px; interrupt at any time."""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(1, str(ROOT))
+from common import (  # noqa: E402
+    DatasetWriter,
+    EnvPool,
+    UserError,
+    cores,
+    default_data_dir,
+    one_line_errors,
+    progress_bar,
+    read_meta,
+    return_statistics,
+    set_folder,
+    versions,
+)
+
+STATE, ACTION = 59, 9
+
+
+@dataclass
+class Args:
+    dataset: Literal["mixed", "partial"] = "mixed"
+    minari_id: str | None = None  # None: D4RL/kitchen/<dataset>-v2
+    size: int = 64  # pixels per side
+    workers: int | None = None  # processes; None: one per core
+    render: Literal["fast", "reference"] = "fast"  # fast: no shadows, 30 times the frames per second
+    data_dir: str | None = None  # None: $CLEANPIXELS_DATA, else datasets/ beside common.py
+    stats_only: bool = False  # print episodes, returns and successes without rendering
+
+
+def load_minari(name: str):
+    try:
+        import minari
+    except ModuleNotFoundError:
+        raise UserError("minari is missing: pip install -r requirements-manipulation.txt") from None
+    try:
+        return minari.load_dataset(name, download=True)
+    except Exception as error:  # it raises many kinds: no network, no such set, no permission
+        raise UserError(f"--minari-id {name}: Minari cannot load it ({type(error).__name__}: {error})") from None
+
+
+def episode_of(task: str, episode) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """states (T+1, 59), actions (T, 9) in [-1, 1], rewards (T,)."""
+    from manipulation import objects_in_place
+
+    states, actions = np.asarray(episode.observations["observation"]), np.asarray(episode.actions)
+    if states.shape != (len(actions) + 1, STATE) or actions.shape[1:] != (ACTION,):
+        raise UserError(
+            f"episode {episode.id}: states {states.shape} and actions {actions.shape} are not the kitchen's"
+        )
+    return states, np.clip(actions, -1, 1), objects_in_place(task, states[1:])
+
+
+def print_statistics(task: str, rewards: list[np.ndarray]) -> None:
+    returns, best = np.array([r.sum() for r in rewards]), np.array([r.max() for r in rewards])
+    rows = sum(len(r) + 1 for r in rewards)
+    print(f"{task}: {len(rewards)} episodes, {rows - len(rewards):,} transitions; returns "
+          + ", ".join(f"{name} {value:.1f}" for name, value in return_statistics(returns).items()))  # fmt: skip
+    counts = ", ".join(f"{n}: {(best == n).sum()}" for n in range(5))
+    print(f"episodes by the most objects in place at once: {counts}; {100 * (best == 4).mean():.1f} % solve the task")
+
+
+def main(args: Args) -> None:
+    start, task = time.time(), f"kitchen-{args.dataset}"
+    folder = set_folder(args.data_dir or default_data_dir(), "made", task, args.dataset, args.size)
+    name = args.minari_id or f"D4RL/kitchen/{args.dataset}-v2"
+    source = load_minari(name)
+    found = [episode_of(task, episode) for episode in source.iterate_episodes()]
+    if not args.stats_only:
+        render(args, task, name, found, folder)
+        print(f"{folder}: {read_meta(folder)['episodes']} episodes")
+    print_statistics(task, [rewards for _, _, rewards in found])
+    print(f"{time.time() - start:.0f} s")
+
+
+def render(args: Args, task: str, name: str, found: list, folder: Path) -> None:
+    from manipulation import KITCHEN_CAMERA
+
+    recipe = {"minari": name, "camera": KITCHEN_CAMERA, "shadows": args.render == "reference", "action_repeat": 1}
+    facts = {"render": args.render, "mujoco": versions()["mujoco"], "recipe": recipe}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    pool = EnvPool(task, args.size, args.workers or cores(), frame_stack=1, render=args.render)
+    with DatasetWriter(folder, args.size, ACTION, task, "made", **facts) as writer:
+        if writer.complete:
+            return
+        rest = found[writer.episodes :]
+        bar = progress_bar(sum(len(states) for states, _, _ in rest), 0, "frame")
+        for first in range(0, len(rest), pool.count):
+            batch = rest[first : first + pool.count]
+            calls = [(states,) for states, _, _ in batch] + [None] * (pool.count - len(batch))
+            films = pool.call("film", calls)
+            for frames, (_, actions, rewards) in zip(films, batch):
+                writer.add(frames.transpose(0, 2, 3, 1), actions, rewards)
+                bar.update(len(frames))
+        bar.close()
+    pool.close()
+
+
+if __name__ == "__main__":
+    import tyro
+
+    sys.excepthook = one_line_errors
+    main(tyro.cli(Args))
