@@ -28,16 +28,26 @@ from pathlib import Path
 
 import numpy as np
 
-from common import FREE_FLAGS, HERE, STANDARD_SETS, UserError, late_mean, lock_file, one_line_errors, write_atomically
+from common import (
+    FREE_FLAGS,
+    HERE,
+    MANIPULATION,
+    STANDARD_SETS,
+    UserError,
+    late_mean,
+    lock_file,
+    one_line_errors,
+    write_atomically,
+)
 
 KEY = ("algo", "task", "dataset", "source", "tag", "seed", "quick")  # one row per run
 COLUMNS = ("algo", "task", "dataset", "source", "data_hash", "data_mean", "render", "tag", "seed", "steps", "quick",
            "score_last", "score_late_mean", "success_last", "success_late_mean", "env_steps", "episodes", "wall_s",
            "hardware", "versions", "commit", "command")  # fmt: skip
 CELL = ("task", "dataset", "source", "data_hash", "quick")  # variants with equal CELLs can be compared
-TABLE = (*CELL, "algo", "tag", "steps", "data_mean", "seeds", "score_last", "score_last_low", "score_last_high",
-         "score_late_mean", "score_late_mean_low", "score_late_mean_high", "paper_mean", "paper_std", "wall_s",
-         "hardware", "commits", "notes")  # fmt: skip
+TABLE = (*CELL, "algo", "tag", "steps", "env_steps", "data_mean", "data_score", "seeds", "score_last", "score_last_low",
+         "score_last_high", "score_late_mean", "score_late_mean_low", "score_late_mean_high", "success_last",
+         "success_late_mean", "paper_mean", "paper_std", "wall_s", "hardware", "commits", "notes")  # fmt: skip
 SCORES = ("score_last", "score_late_mean")
 MIN_SEEDS = 3  # of a row in an aggregate
 VIDEO_BYTES = 14_000_000  # of all videos in the page, before base64 adds a third
@@ -149,7 +159,7 @@ class Result:
     """A finished run, from results/ or from its folder."""
 
     row: Row  # COLUMNS
-    curve: list[tuple[int, float]]  # step, score of each evaluation
+    curve: list[tuple[int, float]]  # step, score of each evaluation; see curve_of
     folder: Path | None = None
     config: dict | None = None
 
@@ -159,7 +169,13 @@ class Result:
 
 
 def curve_of(text: str) -> list[tuple[int, float]]:
-    return [(int(row["step"]), float(row["score"])) for row in csv.DictReader(io.StringIO(text))]
+    """Gradient updates and score of each evaluation; of a run that also collects, steps in the environment and score
+    from the end of its offline phase on."""
+    rows = list(csv.DictReader(io.StringIO(text)))
+    if int(rows[-1].get("env_steps") or 0):
+        before = sum(int(row["env_steps"]) == 0 for row in rows)
+        return [(int(row["env_steps"]), float(row["score"])) for row in rows[max(before - 1, 0) :]]
+    return [(int(row["step"]), float(row["score"])) for row in rows]
 
 
 def gather(results: Path, runs: Path | None) -> tuple[list[Result], list[str]]:
@@ -303,6 +319,10 @@ def table_row(key: tuple, runs: list[Result], paper: dict) -> dict:
     """TABLE of one group; numbers, None where there is none."""
     row = dict(zip(CELL, key)) | {"algo": runs[0].row["algo"], "tag": runs[0].row["tag"], "steps": key[-1]}
     row |= {"seeds": len(runs), "data_mean": float(runs[0].row["data_mean"])}
+    row["data_score"] = round(row["data_mean"] * (1 if row["task"].startswith(MANIPULATION) else 0.1), 2)
+    for name in ("success_last", "success_late_mean", "env_steps"):
+        values = [float(run.row[name]) for run in runs if run.row[name]]
+        row[name] = round(statistics.fmean(values), 1) if values else None
     for name in SCORES:
         values = interval([float(run.row[name]) for run in runs])
         row |= {name + end: round(v, 2) if math.isfinite(v) else None for end, v in zip(("", "_low", "_high"), values)}
@@ -322,20 +342,27 @@ def bracket(low: float | None, high: float | None, sign: str = "") -> str:
     return f" [{low:{sign}.1f}, {high:{sign}.1f}]" if low is not None and math.isfinite(low) else ""
 
 
+def score_text(row: dict, name: str) -> list[str]:
+    """A score; its interval, and where the task counts them the successes."""
+    found = [f"{row[name]:.1f}", bracket(row[f"{name}_low"], row[f"{name}_high"]).strip()]
+    success = row[name.replace("score", "success")]
+    return [part for part in found if part] + ([] if success is None else [f"(success {success:.0f} %)"])
+
+
 def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.0f} min"
 
 
 def markdown(rows: list[tuple[dict, list[Result]]]) -> str:
     """The table that --docs writes."""
-    names = "command", "updates", "seeds", "data: source, mean / 10", "last score", "late mean", "paper", "wall clock"
+    names = "command", "updates", "seeds", "data: source, score", "last score", "late mean", "paper", "wall clock"
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for row, runs in rows:
         words = runs[0].row["command"].replace(" --overwrite", "").removeprefix("algos/")
         words = re.sub(r" --(seed|data-dir|runs-dir|log-every|buffer-device)[ =]\S+", "", words)
-        last, late = (f"{row[name]:.1f}" + bracket(row[name + "_low"], row[name + "_high"]) for name in SCORES)
+        last, late = (" ".join(score_text(row, name)) for name in SCORES)
         paper = "" if row["paper_mean"] is None else f"{row['paper_mean']:.1f} ± {row['paper_std']:.1f}"
-        data = f"{row['source']}, {row['data_mean'] / 10:.1f}"
+        data = f"{row['source']}, {row['data_score']:.1f}"
         clock = f"{duration(row['wall_s'])}, {row['hardware']}"
         notes = [note for note in row["notes"].split(", ") if note and "seed" not in note]
         seeds = ", ".join([str(row["seeds"]), *notes])
@@ -442,9 +469,8 @@ def page_data(groups: dict, problems: list[str], paper: dict, out: Path) -> dict
     rows, used = [], 0
     for key, runs in groups.items():
         row = table_row(key, runs, paper) | {"name": key[-2], "cell": " ".join(key[:-2]), "video": None}
-        row["text"] = {
-            name: [f"{row[name]:.1f}", bracket(row[f"{name}_low"], row[f"{name}_high"]).strip()] for name in SCORES
-        }
+        parts = {name: score_text(row, name) for name in SCORES}
+        row["text"] = {name: [first, " ".join(rest)] for name, (first, *rest) in parts.items()}
         row["runs"] = [run.row | {"curve": run.curve, "config": run.config and run.config["args"]} for run in runs]
         for run in runs:
             if run.folder and (run.folder / "evaluation.mp4").exists() and not row["video"]:
@@ -506,9 +532,11 @@ def plot_curves(groups: dict, paper: dict, out: Path) -> list[Path]:
                 reported = paper.get((row["task"], standard_set(row), row["algo"]))
                 if reported:
                     axis.axhline(reported[0], color=color, linestyle=":", linewidth=1)
-            axis.set(title=title, xlabel="gradient updates", ylim=(0, 100))
+            online = all(run.row["env_steps"] for runs in variants.values() for run in runs)
+            top = max(100, *(score for runs in variants.values() for run in runs for _, score in run.curve))
+            axis.set(title=title, xlabel="environment steps" if online else "gradient updates", ylim=(0, top))
             axis.legend(fontsize=8)
-        axes[0][0].set_ylabel("score (return / 10)")
+        axes[0][0].set_ylabel("score (return)" if task.startswith(MANIPULATION) else "score (return / 10)")
         figure.suptitle(f"{task}: evaluations; dotted: the paper, on official data")
         figure.tight_layout()
         written.append(out / f"curves-{task}.png")

@@ -187,13 +187,17 @@ def measure_world(table: Table, args: Args, dataset: Dataset) -> None:
 
 
 def world_seconds(algo: str, precision: str, how: str, args: Args, dataset: Dataset) -> dict[str, float]:
-    """Seconds per update of each phase, batches included; for LOMPO a rollout every 200 updates is not."""
+    """Seconds per update of each phase, batches included; for LOMPO a rollout every 200 updates is not. MOTO has one
+    update, of model and agent."""
     module = importlib.import_module(algo)
     small = {"window": 5, "cnn_depth": 4} if args.quick else {}
     run_args = module.Args(device=args.device, precision=precision, accelerate=how, batch_size=args.windows, **small)
     buffer = SequenceBuffer(dataset, args.windows, run_args.window, device=args.device, buffer_device="auto")
     torch.compiler.reset()
     agent = module.Agent(run_args, buffer.action_dim).to(args.device)
+    if hasattr(agent, "update"):
+        update, keep = accelerate(agent, "update", run_args), torch.ones(args.windows, run_args.window).to(args.device)
+        return {"update": seconds_per_call(lambda: update(buffer.sample(), keep), args, args.device)}
     model, update = (accelerate(agent, name, run_args) for name in ("update_model", "update_agent"))
     found = {"model": seconds_per_call(lambda: model(buffer.sample()), args, args.device)}
     embeds = agent.embed_set(buffer)

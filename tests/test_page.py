@@ -311,7 +311,7 @@ def test_the_page_in_a_browser(folders, browser):
             assert paper == [
                 f"{float(row['paper_mean']):.1f} ± {float(row['paper_std']):.1f}" if row["paper_mean"] else ""
             ]
-            assert data == [f"{row['source']}, {float(row['data_mean']) / 10:.1f}"]
+            assert data == [f"{row['source']}, {float(row['data_score']):.1f}"]
             assert steps == [f"{int(row['steps']):,}"]
             assert clock == ["0 min", row["hardware"]]
             assert all(note in "".join(name) for note in row["notes"].split(", "))

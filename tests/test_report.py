@@ -71,6 +71,25 @@ def test_row_and_curve(tmp_path):
     assert (tmp_path / "results" / curve).read_bytes() == (run / "eval.csv").read_bytes()
 
 
+def test_runs_that_collect(tmp_path):
+    """Over steps in the environment, from the offline phase's last evaluation on; returns and successes as they are."""
+    online = {"episodes": 20, "env_steps": 4000}
+    run = write_run(tmp_path / "run", (10, 20, 30, 60), success=(0, 25, 50, 100), finished=online,
+                    task="metaworld-drawer-open")  # fmt: skip
+    lines = (run / "eval.csv").read_text().splitlines()
+    ends = ("env_steps", "0", "0", "2000", "4000")
+    (run / "eval.csv").write_text("".join(f"{line},{end}\n" for line, end in zip(lines, ends)))
+    add(tmp_path / "results", run)
+    groups = report.groups_of(report.gather(tmp_path / "results", None)[0])
+    ((key, runs),) = groups.items()
+    assert runs[0].curve == [(0, 20.0), (2000, 30.0), (4000, 60.0)]
+    row = report.table_row(key, runs, {})
+    assert (row["success_last"], row["success_late_mean"], row["env_steps"]) == (100, 75, 4000)
+    assert row["data_score"] == row["data_mean"] == 441.23
+    text = report.markdown([(row, runs)])
+    assert "| 60.0 (success 100 %) | 45.0 (success 75 %) |" in text and "made, 441.2" in text
+
+
 @pytest.mark.parametrize(
     ("scores", "late"),
     [([7], 7), ([1, 5], 3), ([0] * 18 + [10, 20], 15), ([0] * 37 + [1, 2, 3, 6], 3), ([99] * 28 + [3, 6], 36)],
