@@ -264,8 +264,10 @@ def test_the_model_loss_is_offline_dv2s():
 
 
 @pytest.mark.parametrize(
-    "flags", [{}, {"penalty": "none"}, {"value": "dreamer"}, {"bc_filter": "advantage"}, {"tau": 0.01}]
-)
+    "flags",
+    [{}, {"penalty": "none"}, {"value": "dreamer"}, {"bc_filter": "advantage"}, {"tau": 0.01},
+     {"bc_filter": "advantage", "precision": "bf16"}],
+)  # fmt: skip
 def test_one_update_moves_all_networks(flags):
     """And every ablation of Figure 3 is one flag."""
     agent = make_agent(**flags)
