@@ -347,6 +347,11 @@ class EnvPool:
         return {"score": returns.mean(), "success": 100 * self.success.mean(), "return": returns.tolist()}
 
     @staticmethod
+    def describe(summary: dict) -> str:
+        success = f", success {summary['success']:.0f} %" if "success" in summary else ""
+        return f"score {summary['score']:.2f}{success}, returns {np.round(summary['return'], 1).tolist()}"
+
+    @staticmethod
     def _close(pipes, processes) -> None:
         for pipe in pipes:
             pipe.close()
@@ -553,11 +558,20 @@ def collect_flags(args, size: int) -> list[str]:
     return flags + (["--seed", str(args.data_seed)] if args.data_seed else [])
 
 
+def kitchen_problem(args, size: int) -> str:
+    """Why a set of the kitchen is not made on the spot; "" for other tasks."""
+    if not args.task.startswith("kitchen-"):
+        return ""
+    if args.dataset != args.task.removeprefix("kitchen-") or args.transitions or args.data_seed:
+        return f"of {args.task} there is --dataset {args.task.removeprefix('kitchen-')}, and that whole"
+    flags = f"--dataset {args.dataset} --size {size} --data-dir {Path(args.data_dir).resolve()}"
+    return f"render Minari's set, which is fetched: python data/minari_kitchen.py {flags}"
+
+
 def _make_dataset(args, size: int, folder: Path) -> None:
     collect, flags = HERE / "data" / "collect.py", collect_flags(args, size)
-    if args.task.startswith("kitchen-"):
-        how = f"python data/minari_kitchen.py --dataset {args.dataset}"
-        raise UserError(f"{folder} does not exist; re-render Minari's set, which is fetched: {how}")
+    if problem := kitchen_problem(args, size):
+        raise UserError(f"{folder} does not exist; {problem}")
     if args.source != "made":
         raise UserError(f"{folder} does not exist; import the official files: python data/vd4rl.py import --help")
     if not collect.exists():
@@ -695,16 +709,20 @@ class OnlineSet:
     Raises UserError where the disk has no room."""
 
     def __init__(self, path: Path, rows: int, size: int, action_dim: int):
-        self.path, self.rows, self.lengths = path, rows, []
+        self.path, self.rows, self.lengths, self.found = path, rows, [], 0  # found: rows that were there before
         shapes = {"image": (3, size, size), "action": (action_dim,), "reward": (), "discount": ()}
         with _plain_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             for name, shape in shapes.items():
                 dtype = np.dtype(ARRAYS[name])
                 with open(os.open(path / f"{name}.npy", os.O_RDWR | os.O_CREAT), "r+b") as file:
+                    row_bytes = int(np.prod(shape)) * dtype.itemsize
+                    self.found = (
+                        max(file.seek(0, os.SEEK_END) - HEADER, 0) // row_bytes
+                    )  # the last file is the last made
                     _write_header(file, dtype, (rows, *shape))
                     file.flush()
-                    end = HEADER + rows * int(np.prod(shape)) * dtype.itemsize
+                    end = HEADER + rows * row_bytes
                     getattr(os, "posix_fallocate", lambda handle, _, end: os.truncate(handle, end))(
                         file.fileno(), 0, end
                     )
@@ -1001,6 +1019,10 @@ class SequenceBuffer:
         self.generator.set_state(state["generator"])
         if self.online:
             self.online.lengths = list(state["online"])
+            if sum(self.online.lengths) > self.online.found:
+                raise UserError(
+                    f"{self.online.path} is gone, and with it the run's own episodes; --overwrite begins anew"
+                )
             for episode in range(len(self.online.lengths)):
                 self._read(episode)
 
@@ -1019,7 +1041,7 @@ CHECKPOINT_SECONDS = 300.0
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    for name in ("mujoco", "dm_control"):
+    for name in ("mujoco", "dm_control", "metaworld", "gymnasium-robotics"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
@@ -1083,7 +1105,11 @@ def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
     first.add_argument("--dataset", nargs="?", default=defaults.dataset)
     first.add_argument("--quick", action="store_true")
     typed, _ = first.parse_known_args(argv)
-    merged: dict[str, Any] = {}
+    if typed.dataset and (Path(typed.dataset) / "meta.json").exists():
+        typed.task = Dataset(typed.dataset).task  # whatever was typed, see open_dataset
+    merged: dict[str, Any] = {"task": typed.task or defaults.task}
+    if merged["task"].startswith(MANIPULATION):
+        merged["eval_episodes"] = 20  # a rate of success needs more of them
     for key in _tuned_keys(typed.task, typed.dataset):
         merged |= tuned.get(key, {})
     merged |= quick if typed.quick else {}
@@ -1214,7 +1240,7 @@ class Run:
             self.args.eval_every = old["args"]["eval_every"]
         new = json.loads(json.dumps(dataclasses.asdict(self.args), default=str))
         pairs = {name: (old["args"].get(name), value) for name, value in new.items() if name not in FREE_FLAGS}
-        grown = {name for name in GROWING_FLAGS & pairs.keys() if pairs[name][1] > pairs[name][0]}
+        grown = {name for name in GROWING_FLAGS & pairs.keys() if pairs[name][1] > pairs[name][0] > 0}
         changed = {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in grown}
         if old["dataset"]["hash"] != self.facts["hash"]:
             changed["dataset hash"] = (old["dataset"]["hash"], self.facts["hash"])
@@ -1273,7 +1299,8 @@ class Run:
             for name, value in row.items():
                 self.tensorboard.add_scalar(name if "/" in name else f"{part}/{name}", value, step)
         if part == "eval":
-            self.bar.write(f"step {step}: score {row['score']:.1f}")
+            success = f", success {row['success']:.0f} %" if "success" in row else ""
+            self.bar.write(f"step {step}: score {row['score']:.1f}{success}")
         else:
             self.bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k.endswith("loss")}, refresh=False)
             self.last_logged = step
@@ -1342,6 +1369,7 @@ class Run:
 
     def save_offline(self, agent) -> None:
         """Keeps the agent as the offline phase leaves it, optimisers included, for another run's --offline-from."""
+        _require_finite(agent.state_dict(), "the offline phase's end: agent")
         with _plain_errors(self.path):
             _save(agent.state_dict(), self.path / "offline.tmp")
             (self.path / "offline.tmp").replace(self.path / "offline.pt")
@@ -1478,6 +1506,8 @@ def load_offline(args, dataset: Dataset, flags: tuple[str, ...]) -> dict:
     Run.save_offline. Raises UserError as load_model does."""
     path, flag = Path(args.offline_from), f"--offline-from {args.offline_from}"
     there = _check_donor(args, flag, path, dataset, flags)
+    if there["offline_from"]:
+        raise UserError(f"{flag} had no offline phase of its own; give {there['offline_from']}")
     if not (path / "offline.pt").exists():
         raise UserError(f"{flag} has not finished its offline phase of {there['offline_steps']} updates")
     return torch.load(path / "offline.pt", map_location="cpu", weights_only=True)

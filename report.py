@@ -225,7 +225,8 @@ def order(key: tuple) -> tuple:
 def standard_set(row: Row) -> str | None:
     """random, mixed, ... where the set is the standard one at any image size, not a smaller one or another seed's."""
     found = re.fullmatch(r"([a-z]+)-\d+px", row["dataset"])
-    return found[1] if found and found[1] in STANDARD_SETS else None
+    ours = found and found[1] in STANDARD_SETS and not row["task"].startswith(MANIPULATION)
+    return found[1] if ours else None
 
 
 def published() -> dict[tuple, tuple[float, float]]:
@@ -508,7 +509,8 @@ def plot_curves(groups: dict, paper: dict, out: Path) -> list[Path]:
     figures, written = defaultdict(lambda: defaultdict(dict)), []
     for (task, dataset, source, data_hash, quick, name, steps), runs in groups.items():
         label = f"{name}, {steps:,} updates ({len(runs)})"
-        figures[task + "-quick" * (quick == "True")][f"{dataset}, {source}", data_hash][label] = runs
+        online = ", online" if runs[0].row["env_steps"] else ""
+        figures[task + "-quick" * (quick == "True")][f"{dataset}, {source}{online}", data_hash][label] = runs
     names = sorted({key[-2] for key in groups})
     for task, panels in figures.items():
         figure, axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False, sharey=True)

@@ -352,7 +352,7 @@ def evaluate_run(args: Args) -> None:
     agent = Agent(args, (3 * FRAME_STACK, facts["size"], facts["size"]), facts["action_dim"]).to(args.device)
     agent.load_state_dict(weights)
     metrics, frames = evaluate(agent, pool, args)
-    print(f"score {metrics['score']:.2f}, returns {np.round(metrics['return'], 1).tolist()}")
+    print(pool.describe(metrics))
     save_video(Path(args.evaluate) / "evaluation.mp4", frames)
 
 

@@ -44,6 +44,7 @@ from common import (  # noqa: E402
     changed_code,
     collect_flags,
     cores,
+    kitchen_problem,
     lock_file,
     one_line_errors,
     read_meta,
@@ -151,6 +152,8 @@ def how_to_make(args, size: int, folder: Path) -> tuple[str, str]:
     """The command that makes a standard set, or why there is none."""
     if args.source != "made":
         return "", f"{folder} does not exist; import the official files with data/vd4rl.py"
+    if problem := kitchen_problem(args, size):
+        return "", problem
     try:
         for name in PARTS if args.dataset == "medexp" else (args.dataset,):
             if name == "demos" and not args.task.startswith("metaworld-"):

@@ -188,17 +188,41 @@ def test_the_actor_loss_is_its_definition():
     assert not any(part.requires_grad for part in rollout)
 
 
-def test_the_actors_gradient_reaches_it_from_its_first_action_on():
-    """Eq. 6 begins at t = 0, with the value of the actor's action in a state of the data; the policy's own input gives
-    no gradient, its draw does."""
-    agent = make_agent(penalty="none", bc_filter="none", actor_ent=0.0, td_lambda=0.0)
-    batch = make_batch(agent)
+def test_the_actors_gradient_is_that_of_eq_6():
+    """From t = 0 on, through critics, rewards, penalty and dynamics; not through the input of the policy."""
+    agent = make_agent(penalty_coef=2.0, bc_filter="none", actor_ent=0.1)
+    batch, actor = make_batch(agent), [*agent.actor.parameters()]
     start = states_of(agent, batch)
-    loss, _, _ = agent.actor_loss(start, batch, torch.zeros(2, 5))
-    assert all(parameter.grad is None for parameter in agent.parameters())
-    norm = agent.minimize("actor", loss)
-    assert norm > 0 and all(parameter.grad is None for parameter in agent.critic.parameters())
-    assert all(parameter.grad is None for parameter in agent.model.parameters())
+    torch.manual_seed(1)
+    found = torch.autograd.grad(agent.actor_loss(start, batch, torch.zeros(2, 5))[0], actor)
+    torch.manual_seed(1)
+    state, values, rewards, entropies = moto.State(*(part.flatten(0, 1) for part in start)), [], [], []
+    for t in range(5):
+        feat = torch.cat([state.stoch, state.deter], -1)
+        policy = agent.actor(feat.detach())
+        action = policy.sample("reference")
+        values.append(torch.minimum(*(net(torch.cat([feat, action], -1))[:, 0] for net in agent.critic.nets)))
+        entropies.append(policy.entropy())
+        if t < 4:
+            state = agent.model.rssm.imagine(state, action)
+            feat = torch.cat([state.stoch, state.deter], -1)
+            rewards.append(agent.model.reward(feat)[:, 0] - 2.0 * agent.penalty(state))
+    total = 0.0
+    for t in range(4):  # Vhat^t: a mixture of the expansions of 0, 1, ... steps
+
+        def steps(k, t=t):
+            return sum(0.99**i * rewards[t + i] for i in range(k)) + 0.99**k * values[t + k]
+
+        last = 4 - t
+        mixture = 0.05 * sum(0.95**k * steps(k) for k in range(last)) + 0.95**last * steps(last)
+        total = total - (mixture + 0.1 * entropies[t]).mean() / 4
+    torch.testing.assert_close(found, torch.autograd.grad(total, actor), rtol=1e-3, atol=1e-6)
+    detached = make_agent(penalty_coef=2.0, bc_filter="none", actor_ent=0.1)  # the dynamics do carry a gradient
+    imagine = detached.model.rssm.imagine
+    detached.model.rssm.imagine = lambda state, action: imagine(state, action.detach())
+    torch.manual_seed(1)
+    other = torch.autograd.grad(detached.actor_loss(start, batch, torch.zeros(2, 5))[0], [*detached.actor.parameters()])
+    assert max((a - b).abs().max() for a, b in zip(found, other)) > 1e-4
 
 
 @pytest.mark.parametrize("data_target", ["v0", "vhat"])
@@ -232,8 +256,8 @@ def test_the_critic_loss_is_its_definition(data_target):
 
 def test_value_dreamer_is_offline_dv2():
     """Same weights, same draws: the losses of Offline DV2's second phase."""
-    agent = make_agent(value="dreamer", penalty="mean_disagreement", penalty_coef=2.0, actor_ent=0.1)
-    twin = dv2.Agent(dv2.Args(**(FLAGS | {"penalty_coef": 2.0, "actor_ent": 0.1})), 2)
+    agent = make_agent(value="dreamer", penalty_coef=2.0, actor_ent=0.1)
+    twin = dv2.Agent(dv2.Args(**(FLAGS | {"penalty": "logit_std", "penalty_coef": 2.0, "actor_ent": 0.1})), 2)
     twin.model.load_state_dict(agent.model.state_dict())
     twin.actor.load_state_dict(agent.actor.state_dict())
     for critic in (agent.critic_target, agent.critic):
@@ -248,6 +272,9 @@ def test_value_dreamer_is_offline_dv2():
     torch.manual_seed(1)
     expected, feat, target, _ = twin.actor_loss(dv2.State(*(part.flatten(0, 1) for part in start)))
     torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(one, [*who.actor.parameters()], retain_graph=True)
+                 for one, who in ((loss, agent), (expected, twin))]  # fmt: skip
+    torch.testing.assert_close(*gradients)  # through the same dynamics, and not through the policy's input
     torch.testing.assert_close(agent.critic_loss(rollout, batch)[0], twin.critic_loss(feat, target)[0])
 
 
@@ -478,7 +505,7 @@ def test_a_run_of_both_phases(whole):
     assert (images[0] != images[7]).any()  # another episode begins in another state
 
 
-@pytest.mark.parametrize("crash", [2, 4, 5, 6])  # offline; at the first update after an episode; at the second; ...
+@pytest.mark.parametrize("crash", [2, 4, 6, 7, 8, 9])  # checkpoints: 3, the offline end, and 6, amid updates
 def test_a_killed_run_continues_bit_by_bit(train, whole, crash):
     assert isinstance(train(crash=crash), KeyboardInterrupt)
     assert train() is None
@@ -491,9 +518,8 @@ def test_killed_in_the_middle_of_an_episode(train, whole, monkeypatch):
     def step(self, actions):
         nonlocal calls
         calls += 1
-        if (
-            calls == 21
-        ):  # one evaluation of 6, two episodes of 6 and an evaluation; the fourth step of the third episode
+        if calls == 28:  # evaluation 1-6, episode 7-12, episode 13-18, evaluation 19-24, the fourth step of an episode
+            assert self.count == 1
             raise KeyboardInterrupt
         return original(self, actions)
 
@@ -528,9 +554,9 @@ def test_beginning_online_from_another_run(train, whole):
     assert train("--offline-from", whole, "--tag", "on") is None
     run = train.folder("on-seed0")
     assert not (run / "offline.csv").exists() and len(rows_of(run, "online")) == 7
-    first, theirs = (rows_of(folder, "online") for folder in (run, whole))
-    image_loss = theirs[0].index("model/image_loss")
-    assert abs(float(first[1][image_loss]) - float(theirs[1][image_loss])) < 50  # it knows images already
+    header, first, *_ = rows_of(run, "eval")
+    assert first[0] == first[header.index("env_steps")] == "0"  # the value that the online phase begins from
+    assert first[1:] == rows_of(whole, "eval")[1][1:]  # is that of the other run's offline end: it is the same agent
     error = train("--offline-from", whole, "--tag", "wide", "--units", 14)
     assert isinstance(error, UserError) and "--units 12, here 14" in str(error)
     assert isinstance(train("--tag", "short", crash=2), KeyboardInterrupt)
@@ -538,8 +564,23 @@ def test_beginning_online_from_another_run(train, whole):
     assert isinstance(error, UserError) and "has not finished its offline phase of 3 updates" in str(error)
 
 
+def test_optimisers_come_along(train, whole, monkeypatch):
+    seen, original = [], moto.Agent.update
+
+    def update(self, *args):
+        seen.append([self.optimizers[name].state["count"].item() for name in ("model", "actor", "critic")])
+        return original(self, *args)
+
+    monkeypatch.setattr(moto.Agent, "update", update)
+    assert train("--offline-from", whole, "--tag", "on") is None
+    assert seen[0] == [3, 3, 3]
+
+
 def test_offline_alone_and_more_episodes_later(train):
-    assert train(steps=["--offline-steps", 3]) is None
+    assert isinstance(train(crash=3, steps=["--offline-steps", 4, "--eval-every", 2]), KeyboardInterrupt)
+    error = train(steps=["--offline-steps", 4, "--eval-every", 2, "--online-episodes", 1])  # it has no room for them
+    assert isinstance(error, UserError) and "--online-episodes 0 -> 1" in str(error)
+    assert train(steps=["--offline-steps", 4, "--eval-every", 2]) is None
     run = train.folder()
     assert not (run / "online").exists() and "env_steps" not in rows_of(run, "eval")[0]
     assert isinstance(train("--tag", "more", crash=6), KeyboardInterrupt)
@@ -548,12 +589,52 @@ def test_offline_alone_and_more_episodes_later(train):
     assert len(rows_of(train.folder("more-seed0"), "online")) == 9
 
 
-def test_what_cannot_be(train):
+@pytest.mark.parametrize(
+    "flags",
+    [["--penalty", "none"], ["--bc-filter", "none"], ["--penalty", "none", "--bc-filter", "none"],
+     ["--penalty", "none", "--bc-filter", "none", "--value", "dreamer"], ["--agent-batch-size", 3]],
+)  # fmt: skip
+def test_the_ablations_of_figure_3_run(train, whole, flags):
+    steps = ["--offline-steps", 1, "--online-episodes", 1, "--updates-per-episode", 1]
+    assert train(*flags, "--eval-every", 0, steps=steps) is None
+    assert (
+        len(rows_of(train.folder(), "online")) == 2
+        and rows_of(train.folder(), "offline") != rows_of(whole, "offline")[:2]
+    )
+
+
+def test_the_runs_own_episodes_are_gone(train):
+    assert isinstance(train(crash=8), KeyboardInterrupt)
+    shutil.rmtree(train.folder() / "online")
+    error = train()
+    assert isinstance(error, UserError) and "online is gone" in str(error)
+
+
+def test_a_set_given_by_its_path_has_its_own_tasks_settings(walker_set, tmp_path):
+    args = common.typed_args(moto.Args, moto.TUNED, moto.QUICK, ["--dataset", str(walker_set)])
+    assert (args.task, args.bc_filter, args.online_episodes, args.eval_episodes) == ("walker-walk", "return", 0, 10)
+    own = write_set(tmp_path / "robot", size=64)
+    args = common.typed_args(moto.Args, moto.TUNED, moto.QUICK, ["--dataset", str(own)])
+    assert (args.task, args.bc_filter, args.online_episodes) == ("own", "return", 0)
+
+
+def test_what_cannot_be(train, tmp_path):
+    own = write_set(tmp_path / "robot", size=64, lengths=(9, 9))
+    error = train(dataset=own)
+    assert isinstance(error, UserError) and "names no task to collect in" in str(error)
+    error = train("--window", 8)
+    assert isinstance(error, UserError) and "online episodes have 7 rows, --window 8 needs as many" in str(error)
+    error = train("--bc-quantile", 50)
+    assert isinstance(error, UserError) and "--bc-quantile 50.0: from 0 to 1" in str(error)
+    error = train("--window", 1)
+    assert isinstance(error, UserError) and "--window 1: at least 2" in str(error)
+    error = train("--value", "dreamer", "--bc-filter", "advantage")
+    assert isinstance(error, UserError) and "--bc-filter advantage needs --value expansion" in str(error)
     error = train(steps=["--offline-steps", 0])
     assert isinstance(error, UserError) and "there is nothing to do" in str(error)
     error = train("--value", "dreamer", "--horizon", 1)
     assert isinstance(error, UserError) and "--horizon 1: at least 2" in str(error)
-    error = train("--window", 14)
+    error = train("--window", 14, "--episode-steps", 20)
     assert isinstance(error, UserError) and "its longest episode has 13 rows, --window 14" in str(error)
     error = train("--online-episodes", -1)
     assert isinstance(error, UserError) and "--online-episodes -1: at least 0" in str(error)
