@@ -709,7 +709,8 @@ class OnlineSet:
     Raises UserError where the disk has no room."""
 
     def __init__(self, path: Path, rows: int, size: int, action_dim: int):
-        self.path, self.rows, self.lengths, self.found = path, rows, [], 0  # found: rows that were there before
+        self.path, self.lengths, self.found = path, [], 0  # found: rows that were there before
+        reserve = getattr(os, "posix_fallocate", lambda handle, _, size: os.truncate(handle, size))  # macOS has none
         shapes = {"image": (3, size, size), "action": (action_dim,), "reward": (), "discount": ()}
         with _plain_errors(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -717,15 +718,10 @@ class OnlineSet:
                 dtype = np.dtype(ARRAYS[name])
                 with open(os.open(path / f"{name}.npy", os.O_RDWR | os.O_CREAT), "r+b") as file:
                     row_bytes = int(np.prod(shape)) * dtype.itemsize
-                    self.found = (
-                        max(file.seek(0, os.SEEK_END) - HEADER, 0) // row_bytes
-                    )  # the last file is the last made
+                    self.found = max(file.seek(0, os.SEEK_END) - HEADER, 0) // row_bytes  # at last of the last one made
                     _write_header(file, dtype, (rows, *shape))
                     file.flush()
-                    end = HEADER + rows * row_bytes
-                    getattr(os, "posix_fallocate", lambda handle, _, end: os.truncate(handle, end))(
-                        file.fileno(), 0, end
-                    )
+                    reserve(file.fileno(), 0, HEADER + rows * row_bytes)
                 setattr(self, name, np.load(path / f"{name}.npy", mmap_mode="r+"))
 
     def add(self, images: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminal: bool) -> None:

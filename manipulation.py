@@ -65,13 +65,10 @@ class ManipulationEnv:
         action = np.clip(np.asarray(action, np.float64), -1, 1)
         for _ in range(self.repeat):
             observation, reward, _, _, info = self.env.step(action)
+        in_place = info.get("step_task_completions", ())  # of the kitchen
+        success = len(in_place) == len(self.env.goal) if self.suite == "kitchen" else bool(info["success"])
         if self.suite == "metaworld":
-            success = bool(info["success"])
-            reward = float(success)
-        elif self.suite == "kitchen":
-            success = len(info["step_task_completions"]) == len(self.env.goal)
-        else:
-            success = bool(info["success"])
+            reward = success
         self.steps += 1
         if self.renderer:
             self.frames = [*self.frames[1:], self._render()]
@@ -164,8 +161,6 @@ def objects_in_place(task: str, states: np.ndarray) -> np.ndarray:
 def make_adroit(name: str):
     if f"adroit-{name}" not in ADROIT:
         raise UserError(f"--task adroit-{name}: no such task. There are: {', '.join(ADROIT)}")
-    if name == "pen":
-        from gymnasium_robotics.envs.adroit_hand.adroit_pen import AdroitHandPenEnv as make  # noqa: N813
-    else:
-        from gymnasium_robotics.envs.adroit_hand.adroit_door import AdroitHandDoorEnv as make  # noqa: N813
-    return make()
+    from gymnasium_robotics.envs.adroit_hand import AdroitHandDoorEnv, AdroitHandPenEnv
+
+    return AdroitHandPenEnv() if name == "pen" else AdroitHandDoorEnv()

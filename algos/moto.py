@@ -912,8 +912,8 @@ def main(args: Args) -> None:
     step, keep = run.load_checkpoint(agent=agent, buffer=buffer), None  # step: 0 for a new run
     if args.offline_from and step == 0:
         agent.load_state_dict(load_offline(args, dataset, MODEL_FLAGS))
-    if args.offline_from and step == 0 and pool:  # where the curve begins
-        run.log("eval", step, evaluate(agent, pool, args)[0] | {"episodes": 0, "env_steps": 0})
+        if pool and not (run.path / "eval.csv").exists():  # where the curve begins, once
+            run.log("eval", step, evaluate(agent, pool, args)[0] | {"episodes": 0, "env_steps": 0})
     while step < args.steps:
         phase = "offline" if step < args.offline_steps else "online"
         if phase == "online" and (step - args.offline_steps) % args.updates_per_episode == 0:

@@ -557,6 +557,9 @@ def test_beginning_online_from_another_run(train, whole):
     header, first, *_ = rows_of(run, "eval")
     assert first[0] == first[header.index("env_steps")] == "0"  # the value that the online phase begins from
     assert first[1:] == rows_of(whole, "eval")[1][1:]  # is that of the other run's offline end: it is the same agent
+    assert isinstance(train("--offline-from", whole, "--tag", "again", crash=1), KeyboardInterrupt)
+    assert train("--offline-from", whole, "--tag", "again") is None
+    assert rows_of(train.folder("again-seed0"), "eval") == rows_of(run, "eval")  # that first value stands there once
     error = train("--offline-from", whole, "--tag", "wide", "--units", 14)
     assert isinstance(error, UserError) and "--units 12, here 14" in str(error)
     assert isinstance(train("--tag", "short", crash=2), KeyboardInterrupt)
