@@ -68,7 +68,7 @@ class Args:
     overwrite: bool = False  # start anew in a folder that holds a run; without it the same command continues
     quick: bool = False  # QUICK below: shows learning on two CPU cores; no benchmark row
     evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
-    model_from: str | None = None  # a run's folder: take its world model and begin with the second phase
+    model_from: str | None = None  # a run's folder: its world model in place of a first phase of --model-steps
     model_steps: int | None = None  # gradient updates of the world model; None: 25,000 for 100,000 transitions (DIFF 3)
     agent_steps: int | None = None  # gradient updates of the agent; None: 150,000 for 100,000 (DIFF 3)
     batch_size: int = 64  # windows

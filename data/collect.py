@@ -241,7 +241,12 @@ def episode_length(task: str) -> int:
 def recipe_of(args: Args, name: str, episodes: int) -> dict:
     shipped = name not in ("random", "demos")
     policy = zlib.crc32(policy_file(args.task, name).read_bytes()) if shipped else None
-    return {"seed": args.seed, "episodes": episodes, "action_repeat": 2, "policy": policy}
+    recipe = {"seed": args.seed, "episodes": episodes, "action_repeat": 2, "policy": policy}
+    if args.task.startswith("metaworld-"):
+        from manipulation import METAWORLD_CAMERA
+
+        recipe |= {"camera": {"corner2": list(METAWORLD_CAMERA), "rotated": 180}, "shadows": args.render == "reference"}
+    return recipe
 
 
 def rollouts(args: Args, name: str, total: int, folder: Path | None) -> np.ndarray:

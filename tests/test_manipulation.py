@@ -213,6 +213,8 @@ def test_demonstrations(tmp_path):
     assert part.lengths.tolist() == [101, 101] and (common.episode_returns(part) > 40).all()
     assert set(np.unique(part.reward)) == {0.0, 1.0}
     assert manipulation.EPISODE_STEPS["metaworld"] == 100
+    recipe = part.meta["recipe"]
+    assert recipe["camera"] == {"corner2": [0.75, 0.075, 0.7], "rotated": 180} and recipe["shadows"] is False
 
 
 def test_demonstrations_of_what_has_no_scripted_policy(tmp_path):
