@@ -953,7 +953,7 @@ class SequenceBuffer:
                 f"{dataset.path}: its longest episode has {lengths.max()} rows, --window {length} needs as many"
             )
         if short := int((lengths < length).sum()):
-            print(f"note: {short} episodes of {dataset.path} are shorter than --window {length} and go unused")
+            print(f"note: {short} episodes of {dataset.path} are shorter than --window {length} and are in no window")
         self.action, self.reward, self.discount = (
             torch.zeros(self.num_rows, *column.shape[1:], device=self.device) for column in columns
         )
@@ -1158,7 +1158,9 @@ def start_run(args, dataset: Dataset) -> "Run":
     """Opens runs/[quick/]<algo>/<task>/<set>[-vd4rl]/[<tag>-]seed<k>: lock, config.json, a copy of the script.
 
     The same command continues what is there. Raises UserError where the folder holds a run with other flags or
-    data, where another process runs in it, and SystemExit(0) where the run is finished."""
+    data, where another process runs in it, where no updates are asked for, and SystemExit(0) where it is finished."""
+    if args.steps == 0:
+        raise UserError("no updates are asked for: there is nothing to do")
     script = Path(sys.modules["__main__"].__file__).resolve()
     return Run(run_folder(args, script.stem, dataset.path.name, dataset.source), args, dataset.facts(), script)
 
@@ -1219,7 +1221,7 @@ class Run:
         torch.manual_seed(args.seed)
         np.random.seed(args.seed)
         self.stop_signal, self.last_logged, self.last_saved, self.wall = (0, -1, time.monotonic(), 0.0)
-        self.bar = None
+        self.bar, self.watched = None, None
 
     def _check_config(self, script: Path) -> None:
         file = self.path / "config.json"
@@ -1246,10 +1248,36 @@ class Run:
 
     # ---- loop ----
 
-    def log_due(self, step: int) -> bool:
-        """Also moves the progress bar: call it once a step."""
+    def log_due(self, step: int, metrics: dict[str, Tensor]) -> bool:
+        """Also moves the progress bar and looks at every update's metrics, () each: call it once a step.
+
+        Raises UserError that names the metrics which were not finite, and the first step at which one was not."""
         self._tick(step)
-        return step % self.args.log_every == 0 or self._save_due(step)
+        self._watch(step, metrics)
+        due = step % self.args.log_every == 0 or self._save_due(step)
+        if due:
+            self._require_finite_metrics()
+        return due
+
+    def _watch(self, step: int, metrics: dict[str, Tensor]) -> None:
+        """Keeps the metrics of this update, or of the first that were not finite: on the device, nothing waits."""
+        names, values = [*metrics, "step"], torch.stack([value.float() for value in metrics.values()])
+        values = torch.cat([values, values.new_full((1,), step)])
+        if self.watched and self.watched[0] != names:  # another phase begins
+            self._require_finite_metrics()
+        elif self.watched:
+            before = self.watched[1]
+            values = torch.where(before.isfinite().all(), values, before)
+        self.watched = names, values
+
+    def _require_finite_metrics(self) -> None:
+        (*values, step), names = self.watched[1].tolist(), self.watched[0]
+        if bad := [name for name, value in zip(names, values) if not np.isfinite(value)]:
+            self._not_finite(f"{', '.join(bad)} not finite", int(step))
+
+    def _not_finite(self, what: str, step: int) -> None:
+        kept = ", ".join(entry.name for entry in self._checkpoints()) or "no checkpoint"
+        raise UserError(f"{what} at step {step}; {self.path} keeps {kept}")
 
     def eval_due(self, step: int) -> bool:
         """20 times a run, and at its end. Where --eval-every is 0 these are checkpoints alone."""
@@ -1273,10 +1301,7 @@ class Run:
             row |= {f"{name}_{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
         for name, value in row.items():
             if not np.isfinite(value):
-                kept = [entry.name for entry in self._checkpoints()]
-                raise UserError(
-                    f"{name} is {value} at step {step}; {self.path} keeps {', '.join(kept) or 'no checkpoint'}"
-                )
+                self._not_finite(f"{name} is {value}", step)
         with _plain_errors(self.path):
             file = self.path / f"{part}.csv"
             new = not file.exists()
@@ -1417,7 +1442,7 @@ class Run:
             hours = (time.monotonic() - self.begun) / done * (self.args.steps - step) / 3600
             if hours > 1:
                 self.bar.write(f"note: the full run takes {hours:.1f} hours on this CPU, evaluation not counted; "
-                               "--quick shows learning in about 10 minutes")  # fmt: skip
+                               "--quick is a small setting that shows learning")  # fmt: skip
 
 
 def progress_bar(total: int | None, initial: int, unit: str):
@@ -1463,6 +1488,8 @@ def load_run(args):
     kept = {name: value for name, value in config["args"].items() if hasattr(args, name)}
     kept |= {name: getattr(args, name) for name in ("device", "precision", "eval_episodes", "evaluate")}
     kept["eval_every"] = None  # 0 would mean: no environment
+    if getattr(args, "eval_state_mode", False):
+        kept["eval_state_mode"] = True
     return dataclasses.replace(args, **kept), config["dataset"], weights
 
 
@@ -1483,22 +1510,22 @@ def is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def load_model(args, dataset: Dataset, flags: tuple[str, ...], prefix: str = "model.") -> dict:
-    """What --model-from RUN needs: the world model's part of the newest weights of a run, names without `prefix`.
+def load_model(model, args, dataset: Dataset, flags: tuple[str, ...], prefix: str = "model.") -> None:
+    """What --model-from RUN needs: loads the part `prefix` of the newest weights of a run into `model`.
 
-    Raises UserError where RUN has not finished its first phase, or where one of `flags`, the task or the action size
-    is another than here."""
+    Raises UserError where RUN has not finished its first phase, where one of `flags`, the task or the action size is
+    another than here, or where the networks are."""
     path, flag = Path(args.model_from), f"--model-from {args.model_from}"
     there = _check_donor(args, flag, path, dataset, flags)
     step = max([int(folder.name[11:]) for folder in path.glob("checkpoint-*") if is_whole(folder)], default=0)
     if not (path / "finished.json").exists() and step < there["model_steps"]:
         raise UserError(f"{flag} has not finished its first phase of {there['model_steps']} updates")
     weights = newest_weights(path)
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    _load(model, {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}, flag)
 
 
-def load_offline(args, dataset: Dataset, flags: tuple[str, ...]) -> dict:
-    """What --offline-from RUN needs: the agent's state_dict() where the offline phase of a run ended, see
+def load_offline(agent, args, dataset: Dataset, flags: tuple[str, ...]) -> None:
+    """What --offline-from RUN needs: loads the agent as the offline phase of a run left it, optimisers included, see
     Run.save_offline. Raises UserError as load_model does."""
     path, flag = Path(args.offline_from), f"--offline-from {args.offline_from}"
     there = _check_donor(args, flag, path, dataset, flags)
@@ -1506,7 +1533,7 @@ def load_offline(args, dataset: Dataset, flags: tuple[str, ...]) -> dict:
         raise UserError(f"{flag} had no offline phase of its own; give {there['offline_from']}")
     if not (path / "offline.pt").exists():
         raise UserError(f"{flag} has not finished its offline phase of {there['offline_steps']} updates")
-    return torch.load(path / "offline.pt", map_location="cpu", weights_only=True)
+    _load(agent, torch.load(path / "offline.pt", map_location="cpu", weights_only=True), flag)
 
 
 def _check_donor(args, flag: str, path: Path, dataset: Dataset, flags: tuple[str, ...]) -> dict:
@@ -1518,12 +1545,19 @@ def _check_donor(args, flag: str, path: Path, dataset: Dataset, flags: tuple[str
     there, here = config["args"], dataclasses.asdict(args)
     pairs = {f"--{name.replace('_', '-')}": (there.get(name), here[name]) for name in flags}
     pairs |= {"task": (there["task"], args.task), "action_dim": (config["dataset"]["action_dim"], dataset.action_dim)}
-    pairs["algorithm"] = config["algo"], Path(sys.modules["__main__"].__file__).stem
     if changed := ", ".join(f"{name} {old}, here {new}" for name, (old, new) in pairs.items() if old != new):
         raise UserError(f"{flag} has {changed}")
     if config["dataset"]["hash"] != dataset.hash:
         print(f"note: the model of {flag} was trained on other data, {config['dataset']['set']}")
     return there
+
+
+def _load(module, weights: dict, flag: str) -> None:
+    """Weights of another run, perhaps of another script. Raises UserError that names the first that do not fit."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:  # torch's message: a heading, then a line per kind of misfit
+        raise UserError(f"{flag} has other networks: {str(error).splitlines()[1].strip()[:200]}") from None
 
 
 def keep_freed_memory() -> None:

@@ -372,7 +372,7 @@ def main(args: Args) -> None:
     while step < args.steps:
         metrics = update(buffer.sample(), noise_std(args, step))  # a batch is sorted by row: no half of it is random
         step += 1
-        if run.log_due(step):
+        if run.log_due(step, metrics):
             run.log("train", step, {name: value.item() for name, value in metrics.items()})  # the only .item()
         if pool and run.eval_due(step):
             metrics, frames = evaluate(agent, pool, args)

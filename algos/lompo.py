@@ -20,7 +20,7 @@ Differs from the released code, as V-D4RL's fork has it (marked DIFF n where it 
   DIFF 5: the encoder is frozen and deterministic in the second phase, so the set is embedded once: the same numbers.
   DIFF 6: --precision auto is bf16 autocast where the hardware has it; theirs fp32.
   DIFF 7: an evaluation is ten seeded episodes, the last one of the final weights; theirs is one, unseeded, every 200
-          updates, before they are made.
+          updates, none of the final weights.
 Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
 
 import math
@@ -407,9 +407,9 @@ class Optimizer:
 
     def load_state_dict(self, state: dict) -> None:
         device = self.params[0].device
-        self.state = {
-            name: [part.to(device) for part in x] if isinstance(x, list) else x.to(device) for name, x in state.items()
-        } or None
+        if state:
+            moments = {name: [part.to(device) for part in state[name]] for name in ("m", "v")}
+            self.state = {"count": state["count"].to(device), **moments}
 
 
 class Transitions(NamedTuple):
@@ -427,7 +427,8 @@ class LatentBuffer:
     """Latent states of every row of the set, and a ring of as many imagined transitions as the set has."""
 
     def __init__(self, buffer: SequenceBuffer, feat_dim: int):
-        self.buffer, self.device = buffer, (device := buffer.device)
+        device = buffer.device
+        self.buffer, self.device = buffer, device
         self.first = buffer.is_first.nonzero().flatten().cpu()  # row of each episode
         self.lengths = torch.diff(self.first, append=torch.tensor([buffer.num_rows]))  # in rows
         starts = torch.ones(buffer.num_rows, dtype=torch.bool)
@@ -452,7 +453,11 @@ class LatentBuffer:
         self.written += count
 
     def sample(self, count: int) -> Transitions:
-        """Half real, half imagined, each uniform with replacement."""
+        """Half real, half imagined, each uniform with replacement.
+
+        row       row            row + 1         arrival rows
+        state     feat           next_feat
+        action    -------------> action, with the reward and discount it led to"""
         row = self.starts[torch.randint(len(self.starts), (count // 2,), device=self.device)]
         filled = min(self.written, len(self.starts))
         place = torch.randint(filled, (count - count // 2,), device=self.device)
@@ -466,7 +471,7 @@ class LatentBuffer:
         """Nothing in the first phase; in the second it cannot be made again: the actor that imagined is gone."""
         if not self.written:
             return {}
-        filled = {name: value[: self.written] for name, value in self.ring.items()}
+        filled = {name: value[: self.written].clone() for name, value in self.ring.items()}
         return {"real": self.real, "ring": filled, "written": self.written, "refreshed": self.refreshed}
 
     def load_state_dict(self, state: dict) -> None:
@@ -605,9 +610,10 @@ class Agent(nn.Module):
         q1, q2 = (critic(torch.cat([batch.feat, batch.action], -1)).squeeze(-1) for critic in self.critic)
         assert q1.shape == target_q.shape == batch.reward.shape  # (M,)
         loss = F.mse_loss(q1, target_q) + F.mse_loss(q2, target_q)
-        imagined = slice(len(reward) // 2, None)
-        metrics = {"critic/loss": loss, "critic/q": q1.mean(), "imag/reward": batch.reward[imagined].mean()}
-        metrics |= {"imag/penalty": batch.penalty[imagined].mean(), "imag/penalty_std": batch.penalty[imagined].std()}
+        half = len(reward) // 2  # from there on imagined
+        metrics = {"critic/loss": loss, "critic/q": q1.mean(), "imag/reward": batch.reward[half:].mean()}
+        penalty = batch.penalty[half:]
+        metrics |= {"imag/penalty": penalty.mean(), "imag/penalty_std": penalty.std(correction=0)}
         return loss, {name: value.detach() for name, value in metrics.items()}
 
     def actor_loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
@@ -698,7 +704,7 @@ def generate(agent: Agent, latent: LatentBuffer, buffer: SequenceBuffer, embeds:
     while True:
         batch = buffer.sample(images=False)
         latent.add(agent.rollout(latent, batch, embeds[batch.row]))
-        if done or latent.written >= len(latent.starts) // 2:  # DIFF 3
+        if done > 0 or latent.written >= len(latent.starts) // 2:  # DIFF 3
             return
 
 
@@ -739,11 +745,11 @@ def evaluate_run(args: Args) -> None:
 def main(args: Args) -> None:
     if args.evaluate:
         return evaluate_run(args)
+    if args.model_from and not args.tag:
+        raise UserError(f"--model-from {args.model_from}: also give a --tag, such a run is no standard row")
     dataset = open_dataset(args, size=64)  # 64 px if it is a standard set (made on the spot if missing)
     if dataset.size != SIZE:
         raise UserError(f"{dataset.path} has images of {dataset.size} px; the decoder gives {SIZE}")
-    if args.model_from and not args.tag:
-        raise UserError(f"--model-from {args.model_from}: also give a --tag, such a run is no standard row")
     if args.model_from:
         args.model_steps = 0
     if args.model_steps is None:
@@ -760,7 +766,7 @@ def main(args: Args) -> None:
     parts = {"agent": agent, "buffer": buffer, "latent": latent}
     step = run.load_checkpoint(**parts)  # 0 for a new run
     if args.model_from and step == 0:
-        agent.model.load_state_dict(load_model(args, dataset, MODEL_FLAGS))
+        load_model(agent.model, args, dataset, MODEL_FLAGS)
     while step < args.steps:
         phase = "model" if step < args.model_steps else "agent"
         if phase == "model":
@@ -771,7 +777,7 @@ def main(args: Args) -> None:
             generate(agent, latent, buffer, embeds, step - args.model_steps)
             metrics = update_agent(latent.sample(args.agent_batch_size))
         step += 1
-        if run.log_due(step):
+        if run.log_due(step, metrics):
             run.log(phase, step, {name: value.item() for name, value in metrics.items()})  # the only .item()
         if pool and phase == "agent" and run.eval_due(step):
             metrics, frames = evaluate(agent, pool, args)

@@ -528,9 +528,9 @@ class Optimizer:
 
     def load_state_dict(self, state: dict) -> None:
         device = self.params[0].device
-        self.state = {
-            name: [part.to(device) for part in x] if isinstance(x, list) else x.to(device) for name, x in state.items()
-        } or None
+        if state:
+            moments = {name: [part.to(device) for part in state[name]] for name in ("m", "v")}
+            self.state = {"count": state["count"].to(device), **moments}
 
 
 class Agent(nn.Module):
@@ -637,7 +637,7 @@ class Agent(nn.Module):
         imitation, kept = self.imitation_loss(start, batch, keep)
         metrics = {"actor/loss": loss, "actor/entropy": entropy.mean(), "bc/loss": imitation, "bc/kept": kept}
         metrics |= {"imag/value": value.mean(), "imag/reward": reward.mean()}
-        metrics |= {"imag/penalty": penalty.mean(), "imag/penalty_std": penalty.std()}
+        metrics |= {"imag/penalty": penalty.mean(), "imag/penalty_std": penalty.std(correction=0)}
         rollout = [part.detach() for part in (feat, action, reward)]
         return loss + args.bc_coef * imitation, rollout, {name: value.detach() for name, value in metrics.items()}
 
@@ -872,27 +872,25 @@ def evaluate_run(args: Args) -> None:
 def main(args: Args) -> None:
     if args.evaluate:
         return evaluate_run(args)
-    dataset = open_dataset(args, size=64)  # 64 px if it is a standard set (made on the spot if missing)
-    if dataset.size != SIZE:
-        raise UserError(f"{dataset.path} has images of {dataset.size} px; the decoder gives {SIZE}")
     if args.value == "dreamer" and args.bc_filter == "advantage":
         raise UserError("--bc-filter advantage needs --value expansion: dreamer's values include a state's own reward")
     if not 0 <= args.bc_quantile <= 1:
         raise UserError(f"--bc-quantile {args.bc_quantile}: from 0 to 1")
     if args.window < 2:
         raise UserError(f"--window {args.window}: at least 2, an action and where it was taken")
-    if args.online_episodes and dataset.task == "own":
-        raise UserError(f"{dataset.path} names no task to collect in; --online-episodes 0")
     if args.horizon < 2 and args.value == "dreamer":
         raise UserError(f"--horizon {args.horizon}: at least 2, the actor's first own reward is that of step 1")
     if args.offline_from and not args.tag:
         raise UserError(f"--offline-from {args.offline_from}: also give a --tag, such a run is no standard row")
+    dataset = open_dataset(args, size=64)  # 64 px if it is a standard set (made on the spot if missing)
+    if dataset.size != SIZE:
+        raise UserError(f"{dataset.path} has images of {dataset.size} px; the decoder gives {SIZE}")
+    if args.online_episodes and dataset.task == "own":
+        raise UserError(f"{dataset.path} names no task to collect in; --online-episodes 0")
     if args.offline_from:
         args.offline_steps = 0
     if args.offline_steps is None:
         args.offline_steps = dataset.num_transitions  # DIFF 8
-    if args.steps == 0:
-        raise UserError("--offline-steps 0 and --online-episodes 0: there is nothing to do")
     run = start_run(args, dataset)  # folder, lock, config.json, copies of the code; seeds torch and NumPy
     pool = evaluation_pool(args, dataset.facts(), 1)  # its workers neither import this file nor touch CUDA
     online, episode_pool = None, None
@@ -911,7 +909,7 @@ def main(args: Args) -> None:
     update = accelerate(agent, "update", args)
     step, keep = run.load_checkpoint(agent=agent, buffer=buffer), None  # step: 0 for a new run
     if args.offline_from and step == 0:
-        agent.load_state_dict(load_offline(args, dataset, MODEL_FLAGS))
+        load_offline(agent, args, dataset, MODEL_FLAGS)
         if pool and not (run.path / "eval.csv").exists():  # where the curve begins, once
             run.log("eval", step, evaluate(agent, pool, args)[0] | {"episodes": 0, "env_steps": 0})
     while step < args.steps:
@@ -929,7 +927,7 @@ def main(args: Args) -> None:
             metrics = update(batch, keep[batch.row])
         step += 1
         agent.update_target(step)
-        if run.log_due(step):
+        if run.log_due(step, metrics):
             run.log(phase, step, {name: value.item() for name, value in metrics.items()})  # the only .item()
         if step == args.offline_steps:
             run.save_offline(agent)

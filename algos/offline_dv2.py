@@ -21,7 +21,7 @@ Differs from the released code (marked DIFF n where it happens):
   DIFF 4: the encoder is frozen and deterministic in the second phase, so the set is embedded once: the same numbers.
   DIFF 5: --precision auto is bf16 autocast where the hardware has it; theirs float16 with a scaled loss.
   DIFF 6: an evaluation is ten seeded episodes, the last one of the final weights; theirs is one, unseeded, every 200
-          updates, before they are made.
+          updates, none of the final weights.
 Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
 
 import math
@@ -116,7 +116,7 @@ TUNED = {(task, name): {"penalty_coef": 3.0 if name == "random" else 10.0} for t
 TUNED["walker-walk", "mixed"] = {"penalty_coef": 8.0}  # all three values: DIFF 2
 # not the paper's setting made shorter, but one of its own: a small model that learns fast, a small penalty, a critic
 # that comes to its values in hundreds of updates and an actor slow enough to follow it, not the model's mistakes
-QUICK = {"transitions": 30_000, "batch_size": 16, "window": 25, "model_steps": 1_800, "agent_steps": 1_000,
+QUICK = {"transitions": 30_000, "batch_size": 16, "window": 25, "model_steps": 1_800, "agent_steps": 1_500,
          "eval_every": 100, "cnn_depth": 16, "ensemble": 5, "units": 200, "model_lr": 1e-3, "actor_lr": 2e-5,
          "critic_lr": 1e-3, "target_every": 10, "penalty_coef": 1.0}  # fmt: skip
 
@@ -502,9 +502,9 @@ class Optimizer:
 
     def load_state_dict(self, state: dict) -> None:
         device = self.params[0].device
-        self.state = {
-            name: [part.to(device) for part in x] if isinstance(x, list) else x.to(device) for name, x in state.items()
-        } or None
+        if state:
+            moments = {name: [part.to(device) for part in state[name]] for name in ("m", "v")}
+            self.state = {"count": state["count"].to(device), **moments}
 
 
 class Agent(nn.Module):
@@ -626,7 +626,8 @@ class Agent(nn.Module):
         loss = -(weight * (target[1:] + args.actor_ent * entropy)).mean()
         metrics = {
             "actor/loss": loss, "actor/entropy": entropy.mean(), "imag/reward": reward[1:].mean(),
-            "imag/penalty": penalty[1:].mean(), "imag/penalty_std": penalty[1:].std(), "imag/target": target.mean(),
+            "imag/penalty": penalty[1:].mean(), "imag/penalty_std": penalty[1:].std(correction=0),
+            "imag/target": target.mean(), "data/reward": reward[0].mean(), "data/penalty": penalty[0].mean(),
         }  # fmt: skip
         return loss, feat.detach(), target.detach(), {name: value.detach() for name, value in metrics.items()}
 
@@ -753,14 +754,14 @@ def evaluate_run(args: Args) -> None:
 def main(args: Args) -> None:
     if args.evaluate:
         return evaluate_run(args)
+    if args.horizon < 2:
+        raise UserError(f"--horizon {args.horizon}: at least 2, the actor's first own reward is that of step 1")
+    if args.model_from and not args.tag:
+        raise UserError(f"--model-from {args.model_from}: also give a --tag, such a run is no standard row")
     dataset = open_dataset(args, size=64)  # 64 px if it is a standard set (made on the spot if missing)
     if dataset.size != SIZE:
         raise UserError(f"{dataset.path} has images of {dataset.size} px; the decoder gives {SIZE}")
-    if args.horizon < 2:
-        raise UserError(f"--horizon {args.horizon}: at least 2, the actor's first own reward is that of step 1")
     epoch = dataset.num_transitions / (args.batch_size * args.window)  # updates in which as many rows are drawn
-    if args.model_from and not args.tag:
-        raise UserError(f"--model-from {args.model_from}: also give a --tag, such a run is no standard row")
     if args.model_from:
         args.model_steps = 0
     if args.model_steps is None:
@@ -774,7 +775,7 @@ def main(args: Args) -> None:
     update_model, update_agent = (accelerate(agent, name, args) for name in ("update_model", "update_agent"))
     step, embeds = run.load_checkpoint(agent=agent, buffer=buffer), None  # step: 0 for a new run
     if args.model_from and step == 0:
-        agent.model.load_state_dict(load_model(args, dataset, MODEL_FLAGS))
+        load_model(agent.model, args, dataset, MODEL_FLAGS)
     while step < args.steps:
         phase = "model" if step < args.model_steps else "agent"
         if phase == "model":
@@ -787,7 +788,7 @@ def main(args: Args) -> None:
             if (step + 1 - args.model_steps) % args.target_every == 0:
                 agent.update_target()
         step += 1
-        if run.log_due(step):
+        if run.log_due(step, metrics):
             run.log(phase, step, {name: value.item() for name, value in metrics.items()})  # the only .item()
         if pool and phase == "agent" and run.eval_due(step):
             metrics, frames = evaluate(agent, pool, args)

@@ -1,7 +1,7 @@
 """What a world model has learned, to look at: films of its images, its errors, its penalties, its promises.
 
     python benchmarks/inspect_world_model.py runs/offline_dv2/walker-walk/mixed-64px/seed0
-    python benchmarks/inspect_world_model.py RUN --dataset walker-walk/medium        # windows of other data
+    python benchmarks/inspect_world_model.py RUN --dataset datasets/made/walker-walk/medium-64px   # other windows
 
 Works on a run of any file in algos/ that has a world model, finished or not, from its newest weights. Writes to
 RUN/inspect/ (or --out):
@@ -159,10 +159,17 @@ def main(args: Args) -> None:
         )
     out = Path(args.out or Path(args.run) / "inspect")
     out.mkdir(parents=True, exist_ok=True)
-    buffer = SequenceBuffer(dataset, max(args.batch, args.windows), run_args.window, args.seed, args.device)
+    if not 1 <= args.context < run_args.window:
+        raise UserError(
+            f"--context {args.context}: from 1 to {run_args.window - 1}, the run's windows have one row more"
+        )
+    buffer = SequenceBuffer(dataset, max(args.batch, args.windows), run_args.window, args.seed, args.device,
+                            force_first=getattr(run_args, "mask_first_action", True))  # fmt: skip
     batch = buffer.sample()
-    report = {"run": args.run, "windows_of": dataset.path.name, "errors": errors(agent, batch, args.context)}
-    print(f"windows of {dataset.path}")
+    trained_on = dataset.hash == config["dataset"]["hash"]
+    report = {"run": args.run, "windows_of": dataset.path.name, "trained_on": trained_on}
+    report["errors"] = errors(agent, batch, args.context)
+    print(f"windows of {dataset.path}, which the model was trained on" if trained_on else f"windows of {dataset.path}")
     for name, values in report["errors"].items():
         print(f"  {name:10s} " + ", ".join(f"{key} {value:.3g}" for key, value in values.items()))
     few = type(batch)(*(part[torch.linspace(0, len(part) - 1, args.windows).long()] for part in batch))

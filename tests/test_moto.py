@@ -17,7 +17,7 @@ import offline_dv2 as dv2
 import pytest
 import scipy.stats
 import torch
-from conftest import ENVIRONMENT, ROOT, run_main, synthetic_episode, write_set
+from conftest import ENVIRONMENT, ROOT, run_main, run_python, synthetic_episode, write_set
 
 import common
 from common import Dataset, DatasetWriter, OnlineSet, SequenceBuffer, UserError
@@ -652,7 +652,15 @@ def test_a_loss_that_is_not_finite(train, monkeypatch):
 
     monkeypatch.setattr(moto.Agent, "critic_loss", broken)
     error = train()
-    assert isinstance(error, UserError) and "critic/data_loss is nan at step 1" in str(error)
+    assert isinstance(error, UserError) and "critic/data_loss not finite at step 1" in str(error)
+
+
+def test_a_run_can_be_inspected(whole, walker_set, tmp_path):
+    words = [ROOT / "benchmarks" / "inspect_world_model.py", whole, "--batch", 4, "--windows", 2, "--context", 2]
+    result = run_python(*words, "--episodes", 1, "--out", tmp_path)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["trained_on"] and report["penalty_random_policy"]["mean"] > 0 and "return" in report
 
 
 @pytest.mark.slow

@@ -509,7 +509,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_term(algo, term, t
     error = train(algo, "--steps", 40, update=update)
     run = train.folder(algo)
     assert isinstance(error, UserError)
-    assert f"{term} is nan at step 26" in str(error)
+    assert f"{term} not finite at step 26" in str(error)
     assert "checkpoint-000000024" in str(error)
     assert checkpoints(run) == ["checkpoint-000000022", "checkpoint-000000024"]
     assert steps_of(run) == list(range(1, 26))  # the bad row is not written

@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import lompo
 import numpy as np
@@ -108,6 +110,31 @@ def test_the_target_is_a_copy_every_so_often(train):
         assert torch.equal(*(found[name] for name in names)) == copied
 
 
+def edited(run: Path, name: str, value) -> Path:
+    """A copy of a run whose config.json says otherwise."""
+    copy = run.with_name(f"{run.name}-{name}")
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns(".lock"))
+    config = json.loads((copy / "config.json").read_text())
+    (config["dataset"] if name == "action_dim" else config["args"])[name] = value
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+@EACH
+def test_a_model_serves_a_copied_file_and_other_data(algo, train, tmp_path, capsys):
+    """What --model-from is for: a copy of the file with another agent. A copy with other networks is told apart."""
+    assert train(algo, "--agent-steps", 0, "--tag", "model") is None
+    donor, other = train.folder(algo, "model-seed0"), write_set(tmp_path / "other", lengths=(8,), size=64, seed=1)
+    config = json.loads((donor / "config.json").read_text())
+    (donor / "config.json").write_text(json.dumps(config | {"algo": "my_idea"}))
+    assert train(algo, "--model-from", donor, "--tag", "two", dataset=other) is None
+    assert "was trained on other data, robot" in capsys.readouterr().out
+    weights = torch.load(donor / "weights.pt", weights_only=True)
+    torch.save(weights | {"model.extra": torch.zeros(2)}, donor / "weights.pt")
+    error = train(algo, "--model-from", donor, "--tag", "three")
+    assert isinstance(error, UserError) and "has other networks: Unexpected key(s)" in str(error), error
+
+
 @EACH
 def test_the_second_phase_may_start_from_another_runs_model(algo, train):
     assert train(algo, "--agent-steps", 0, "--tag", "model") is None
@@ -131,6 +158,9 @@ def test_the_second_phase_may_start_from_another_runs_model(algo, train):
         (["--model-from", train.folder(algo, "early-seed0")], "has not finished its first phase of 5 updates"),
         (["--model-from", donor, "--deter", 9], "has --deter 8, here 9"),
         (["--model-from", donor.parent], "there is no config.json"),
+        (["--model-from", edited(donor, "task", "walker-walk")], "has task walker-walk, here own"),
+        (["--model-from", edited(donor, "action_dim", 3)], "has action_dim 3, here 2"),
+        (["--model-from", edited(donor, "units", 13)], "has --units 13, here 12"),
     ):
         error = train(algo, *flags, "--tag", "bad")
         assert isinstance(error, UserError) and message in str(error), error
@@ -151,24 +181,31 @@ def test_bad_sets_and_flags_are_one_line(algo, train, tmp_path):
 
 
 @EACH
-def test_a_loss_that_is_not_finite_is_named_and_the_checkpoint_kept(algo, train, monkeypatch):
-    original, calls = ALGOS[algo].Agent.model_loss, []
+@pytest.mark.parametrize("phase", ["model", "agent"])
+def test_the_first_loss_that_is_not_finite_is_named_and_the_checkpoint_kept(algo, phase, train, monkeypatch):
+    """From one update on everything is NaN, and metrics are looked at every fifth: the first one is told."""
+    where, name = (ALGOS[algo], "normal_nll") if phase == "model" else (ALGOS[algo].Agent, "critic_loss")
+    original, calls, bad = getattr(where, name), [], {"model": 14, "agent": 2}[phase]  # two likelihoods per update
 
-    def poisoned(self, batch):
-        loss, metrics = original(self, batch)
+    def poisoned(*args):
         calls.append(1)
-        return loss, metrics | ({"model/reward_loss": loss.detach() * math.nan} if len(calls) == 4 else {})
+        result, factor = original(*args), math.nan if len(calls) == bad else 1.0
+        if phase == "model":
+            return result * factor
+        return result[0] * factor, result[1] | {"critic/loss": result[1]["critic/loss"] * factor}
 
-    monkeypatch.setattr(ALGOS[algo].Agent, "model_loss", poisoned)
-    error = train(algo)
-    assert isinstance(error, UserError) and "model/reward_loss is nan at step 4" in str(error)
-    assert "keeps checkpoint-" in str(error)
+    monkeypatch.setattr(where, name, poisoned)
+    error = train(algo, "--log-every", 100, steps=["--model-steps", 10, "--agent-steps", 90])
+    names = {"model": "model/loss, model/reward_loss, model/grad_norm", "agent": "critic/loss, critic/grad_norm"}[phase]
+    step, kept = {"model": (7, "checkpoint-000000005"), "agent": (12, "checkpoint-000000010")}[phase]
+    assert isinstance(error, UserError) and str(error).startswith(f"{names} not finite at step {step}; "), error
+    assert str(error).endswith(kept)
 
 
 class Pool:
     """Three episodes of four steps; what is seen and rewarded does not depend on much."""
 
-    task, count, summary = "walker-walk", 3, common.EnvPool.summary
+    task, count, summary, describe = "walker-walk", 3, common.EnvPool.summary, staticmethod(common.EnvPool.describe)
 
     def reset(self, seeds):
         self.t, self.done, self.rng = 0, np.zeros(3, bool), np.random.default_rng(0)
@@ -185,9 +222,10 @@ class Pool:
 def test_evaluation_draws_from_its_own_generator(algo):
     module = ALGOS[algo]
     args = module.Args(cnn_depth=2, stoch=4, deter=8, hidden=10, units=12, ensemble=2, device="cpu", precision="fp32")
+    torch.manual_seed(0)
     agent = module.Agent(args, 2)
     for parameter in agent.actor.parameters():
-        torch.nn.init.normal_(parameter)
+        torch.nn.init.normal_(parameter, std=0.5)  # neither all alike nor all in a corner
     before = torch.get_rng_state()
     results = [module.evaluate(agent, Pool(), args) for _ in range(2)]
     assert results[0][0] == results[1][0] and torch.equal(torch.get_rng_state(), before) and agent.training
@@ -213,7 +251,106 @@ def test_an_update_leaves_every_parameter_where_it_was(algo, accelerate, own_set
     assert places == [parameter.data_ptr() for parameter in agent.parameters()]
 
 
+def test_evaluate_may_ask_for_the_most_likely_state(train, capsys, monkeypatch):
+    assert train("offline_dv2") is None
+    asked = []
+    monkeypatch.setattr(offline_dv2, "evaluation_pool", lambda *_: Pool())
+    monkeypatch.setattr(offline_dv2, "save_video", lambda *_: None)
+    original = offline_dv2.evaluate
+    monkeypatch.setattr(offline_dv2, "evaluate", lambda *a: asked.append(a[2].eval_state_mode) or original(*a))
+    for flags in ([], ["--eval-state-mode"]):
+        words = ["--evaluate", train.folder("offline_dv2"), "--device", "cpu", *flags]
+        assert run_main(offline_dv2, words, methods=()) is None
+    assert asked == [False, True]
+
+
+def small_agent(algo, **flags):
+    torch.manual_seed(0)
+    flags = {"batch_size": 2, "window": 7, "device": "cpu", "precision": "fp32"} | flags
+    module = ALGOS[algo]
+    return module.Agent(module.Args(cnn_depth=2, stoch=4, deter=8, hidden=10, units=12, ensemble=3, **flags), 2).eval()
+
+
+def random_windows(seed=0) -> common.Sequences:
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randint(0, 256, (2, 7, 3, 64, 64), dtype=torch.uint8, generator=generator)
+    action, reward = torch.rand(2, 7, 2, generator=generator) * 2 - 1, torch.rand(2, 7, generator=generator)
+    is_first = torch.zeros(2, 7, dtype=torch.bool)
+    is_first[:, 0] = True
+    return common.Sequences(image, action, reward, torch.ones(2, 7), is_first, torch.arange(14).view(2, 7))
+
+
+@EACH
+@torch.no_grad()
+def test_acting_is_filtering(algo):
+    """act() over an episode gives the states that observe() gives for it, and the actor's own action in them."""
+    agent, batch = small_agent(algo, eval_state_mode=True), random_windows()
+    states = agent.model.rssm.observe(agent.model.embed(batch.image), batch.action, batch.is_first, mode=True)[0]
+    state = None
+    for t in range(7):
+        action, state = agent.act(batch.image[:, t], batch.action[:, t], state)
+        torch.testing.assert_close(state.deter, states.deter[:, t])
+        chosen = agent.actor(states.feat[:, t])
+        torch.testing.assert_close(action, getattr(chosen, "loc", chosen))
+
+
+@EACH
+@torch.no_grad()
+def test_the_open_loop_sees_the_first_images_and_all_actions(algo):
+    agent, batch, context = small_agent(algo), random_windows(), 3
+
+    def rolled(changed):
+        torch.manual_seed(0)
+        return agent.roll(changed, context).deter
+
+    torch.manual_seed(0)
+    filtered = agent.filter(common.Sequences(*(part[:, :context] for part in batch))).deter
+    usual = rolled(batch)
+    assert usual.shape == (2, 7, 8) and torch.equal(usual[:, :context], filtered)
+    later, earlier = batch.image.clone(), batch.image.clone()
+    later[:, context:] = 0
+    earlier[:, context - 1] = 0
+    assert torch.equal(rolled(batch._replace(image=later)), usual)
+    seen = (rolled(batch._replace(image=earlier)) != usual).any(-1).all(0)
+    assert seen.tolist() == 3 * [False] + 4 * [True]  # an image tells of its own row's draw, hence the next row's deter
+    action = batch.action.clone()
+    action[:, 5] = 0  # it leads to row 5
+    assert (rolled(batch._replace(action=action)) != usual).any(-1).all(0).tolist() == 5 * [False] + 2 * [True]
+
+
 # ---- benchmarks/inspect_world_model.py ----
+
+
+class Model:
+    """feat is the row's number: decodes to a grey image of row / 10 and predicts the reward row + 1 later."""
+
+    rssm = property(lambda self: self)
+    decode = staticmethod(lambda feat: (feat / 10)[..., None, None].expand(*feat.shape[:-1], 3, 2, 2))
+    reward = staticmethod(lambda feat: feat + 1)
+    imagine = staticmethod(lambda state, action: SimpleNamespace(feat=state.feat + action, deter=state.deter))
+
+
+def test_errors_and_imagined_rewards_by_hand(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import inspect_world_model as tool
+
+    rows = torch.arange(4.0).view(1, 4, 1)
+    agent = SimpleNamespace(model=Model(), filter=lambda batch: SimpleNamespace(feat=rows),
+                            roll=lambda batch, context: SimpleNamespace(feat=rows + 1),
+                            actor=lambda feat: torch.full_like(feat, 2.0))  # fmt: skip
+    image = torch.full((1, 4, 3, 2, 2), 255 // 2, dtype=torch.uint8)
+    batch = SimpleNamespace(image=image, reward=torch.tensor([[9.0, 2.0, 5.0, 4.0]]))
+    found, grey = tool.errors(agent, batch, context=2), 127 / 255 - 0.5
+    by_hand = {"filtered": ([0.1, 0.2, 0.3], [0, -2, 0], [2, 5, 4]), "open_loop": ([0.3, 0.4], [-1, 1], [5, 4])}
+    for name, (shown, residuals, real) in by_hand.items():
+        assert found[name]["image_rmse_255"] == pytest.approx(
+            255 * np.sqrt(np.mean((np.array(shown) - grey) ** 2)), 1e-4
+        )
+        assert found[name]["reward_rmse"] == pytest.approx(np.sqrt(np.mean(np.square(residuals))))
+        assert found[name]["reward_r2"] == pytest.approx(1 - np.mean(np.square(residuals)) / np.var(real))
+    state = SimpleNamespace(feat=torch.tensor([[1.0], [5.0]]), deter=torch.zeros(2, 1))
+    # from 1: states 3, 5, 7, rewards 4, 6, 8; from 5: states 7, 9, 11
+    assert tool.imagined_reward(agent, state, 3).tolist() == [18, 30]
 
 
 @EACH
@@ -224,6 +361,7 @@ def test_films_and_errors_of_a_run(algo, train, own_set, tmp_path):
     result = run_python(*words, "--episodes", 0, "--out", out)
     assert result.returncode == 0, result.stderr
     report = json.loads((out / "report.json").read_text())
+    assert report["trained_on"] is True and "which the model was trained on" in result.stdout
     for part in ("filtered", "open_loop"):
         assert report["errors"][part].keys() == {"image_rmse_255", "reward_rmse", "reward_r2"}
         assert 0 < report["errors"][part]["image_rmse_255"] < 255
@@ -234,7 +372,12 @@ def test_films_and_errors_of_a_run(algo, train, own_set, tmp_path):
             assert video.count_frames() == 5 and video.get_data(0).shape == (2 * 3 * 64, 2 * 2 * 64, 3)
     assert imageio.imread(out / "open_loop.png").shape == (3 * 64, 8 * 64, 3)
     other = write_set(tmp_path / "small", size=21)
-    for flags, message in (([tmp_path], "there is no config.json"), ([run, "--dataset", other], "21 px")):
+    for flags, message in (
+        ([tmp_path], "there is no config.json"),
+        ([run, "--dataset", other], "21 px"),
+        ([run, "--context", 5], "--context 5: from 1 to 4"),
+        ([run, "--context", 0], "--context 0: from 1 to 4"),
+    ):
         result = run_python(words[0], *flags, "--episodes", 0)
         assert result.returncode == 1 and message in result.stderr and result.stderr.count("\n") == 1
 
