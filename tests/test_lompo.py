@@ -3,7 +3,6 @@
 What it shares with Offline DV2 word for word (priors, optimiser, decoder's first layer) is tested there."""
 
 import math
-import shutil
 
 import lompo
 import numpy as np
@@ -386,25 +385,3 @@ def test_gradients_in_bf16_are_near_those_in_fp32():
     for name in ("actor", "critic"):
         one, two = found[0][name], found[1][name]
         assert (one - two).norm() < 0.05 * one.norm()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on the CPU needs g++")
-@pytest.mark.parametrize("phase", ["model", "agent"])
-def test_compiled_losses_equal_eager_ones(phase, dataset):
-    """Where nothing is drawn: means instead of samples, one prior."""
-    found = []
-    for accelerate in ("eager", "compile"):
-        agent = make_agent(window=3, ensemble=1, accelerate=accelerate)
-        agent.model.rssm.sample = lambda normal, mode=False: normal.mean
-        buffer = common.SequenceBuffer(dataset, 2, 3)
-        batch = buffer.sample() if phase == "model" else make_transitions(agent)
-        update = common.accelerate(agent, f"update_{phase}", agent.args)
-        found.append([update(batch) for _ in range(3)])
-        parts = [parameter.detach() for parameter in agent.parameters()]
-        found.append(parts)
-    for one, two in zip(found[0], found[2]):
-        for name in one:
-            assert one[name].item() == pytest.approx(two[name].item(), rel=1e-3, abs=1e-5), name
-    for one, two in zip(found[1], found[3]):
-        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)

@@ -280,6 +280,97 @@ def random_windows(seed=0) -> common.Sequences:
     return common.Sequences(image, action, reward, torch.ones(2, 7), is_first, torch.arange(14).view(2, 7))
 
 
+PHASES = pytest.mark.parametrize("phase", ["model", "agent"])
+
+
+def some_updates(algo, phase, count=3, **flags):
+    """Metrics of so many updates, and the weights after them; flags device, accelerate, precision."""
+    agent = small_agent(algo, horizon=2, **flags).to(flags.get("device", "cpu"))
+    device, windows = agent.args.device, random_windows()
+    batch = (common.Sequences(*(part.to(device) for part in windows)),)
+    if phase == "agent":
+        generator, feat_dim = torch.Generator().manual_seed(0), agent.model.feat_dim
+        if algo == "offline_dv2":
+            batch += (torch.randn(2, 7, agent.model.encoder.embed_dim, generator=generator).to(device),)
+        else:
+            shapes = (8, feat_dim), (8, 2), (8,), (8,), (8,), (8, feat_dim)
+            parts = (torch.rand(shape, generator=generator).to(device) for shape in shapes)
+            batch = (lompo.Transitions(*parts),)
+    update = common.accelerate(agent, f"update_{phase}", agent.args)
+    torch.manual_seed(1)
+    metrics = [{name: value.item() for name, value in update(*batch).items()} for _ in range(count)]
+    return metrics, {name: parameter.detach().cpu() for name, parameter in agent.named_parameters()}
+
+
+def assert_close_updates(one, two, tolerance):
+    for ours, theirs in zip(one[0], two[0]):
+        assert ours == pytest.approx(theirs, rel=tolerance, abs=1e-5)
+    for name, value in one[1].items():
+        torch.testing.assert_close(value, two[1][name], rtol=tolerance, atol=1e-4, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on the CPU needs g++")
+@EACH
+@PHASES
+def test_compiled_losses_equal_eager_ones(algo, phase):
+    from torch._inductor import config
+
+    with config.patch(fallback_random=True):  # eager's random numbers, else there is nothing to compare
+        compiled = some_updates(algo, phase, accelerate="compile")
+    assert_close_updates(compiled, some_updates(algo, phase), 1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@EACH
+@PHASES
+def test_a_cuda_graph_goes_on_drawing_and_learning(algo, phase):
+    """Three warm-ups, the capture with its replay, two replays; a replay draws other numbers than eager code."""
+    graphed = some_updates(algo, phase, 6, device="cuda", accelerate="graph")
+    eager = some_updates(algo, phase, 6, device="cuda")
+    assert_close_updates((graphed[0][:3], {}), eager, 1e-3)
+    loss = {"model": "model/loss", "agent": "actor/loss"}[phase]
+    values = [metrics[loss] for metrics in graphed[0]]
+    assert len(set(values)) == 6 and np.isfinite(values).all()
+
+
+@pytest.mark.parametrize("algo, phase", [("offline_dv2", "model"), ("offline_dv2", "agent"), ("lompo", "model")])
+def test_gradients_in_bf16_are_near_those_in_fp32(algo, phase, monkeypatch):
+    """Of every part of the networks; means and modes instead of samples, which would be others."""
+    found = []
+    for precision in ("fp32", "bf16"):
+        agent, seen = small_agent(algo, precision=precision, horizon=2), {}
+        if algo == "offline_dv2":
+            monkeypatch.setattr(
+                agent.model.rssm,
+                "sample",
+                lambda logits, _=False: logits.unflatten(-1, (4, 32)).softmax(-1).flatten(-2),
+            )
+            monkeypatch.setattr(offline_dv2.TruncatedNormal, "sample", lambda self, gradient: 0.9 * self.loc)
+        else:
+            monkeypatch.setattr(agent.model.rssm, "sample", lambda normal, mode=False: normal.mean)
+        monkeypatch.setattr(agent.model.rssm, "draw_members", lambda count: torch.zeros(count, dtype=torch.int64))
+
+        def record(name, loss, agent=agent, seen=seen):
+            loss.backward(inputs=agent.optimizers[name].params)
+            part = getattr(agent, name)
+            for child, module in part.named_children() if name == "model" else ((name, part),):
+                seen[child] = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+            return loss.detach()
+
+        agent.minimize = record
+        windows = random_windows()
+        if phase == "model":
+            agent.update_model(windows)
+        else:
+            embed = torch.randn(2, 7, agent.model.encoder.embed_dim, generator=torch.Generator().manual_seed(0))
+            agent.update_agent(windows, embed)
+        found.append(seen)
+    for name in found[0]:
+        one, two = found[0][name], found[1][name]
+        assert one.norm() > 0 and (one - two).norm() < 0.1 * one.norm(), name
+
+
 @EACH
 @torch.no_grad()
 def test_acting_is_filtering(algo):
