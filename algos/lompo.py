@@ -147,7 +147,9 @@ class LastLayer(nn.Linear):
 
 def hidden_layers(inputs: int, units: int, count: int) -> nn.Sequential:
     """(..., inputs) -> (..., units)."""
-    layers = [layer for width in [inputs, *(count - 1) * [units]] for layer in (nn.Linear(width, units), nn.ELU(True))]
+    layers = []
+    for i in range(count):
+        layers += [nn.Linear(units if i else inputs, units), nn.ELU(inplace=True)]
     return nn.Sequential(*layers)
 
 
