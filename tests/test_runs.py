@@ -6,6 +6,7 @@ import contextlib
 import csv
 import errno
 import json
+import math
 import os
 import random
 import re
@@ -515,6 +516,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_term(algo, term, t
     assert steps_of(run) == list(range(1, 26))  # the bad row is not written
     assert train(algo, "--steps", 40) is None  # the same command continues from there
     assert steps_of(run) == list(range(1, 41))
+
+
+def test_what_is_not_finite_is_told_when_other_metrics_follow(tmp_path):
+    run = common.Run.__new__(common.Run)
+    run.path, run.watched = tmp_path, None
+    for step, (a, b) in enumerate([(1.0, 2.0), (math.inf, 2.0), (math.nan, math.nan)], start=1):
+        run._watch(step, {"first/a": torch.tensor(a), "first/b": torch.tensor(b)})
+    with pytest.raises(UserError, match="^first/a not finite at step 2; .* keeps no checkpoint$"):
+        run._watch(4, {"second/a": torch.tensor(1.0)})
 
 
 @pytest.mark.parametrize("steps, kept", [(40, "checkpoint-000000024"), (26, "checkpoint-000000024")])
