@@ -116,7 +116,7 @@ TUNED = {(task, name): {"penalty_coef": 3.0 if name == "random" else 10.0} for t
 TUNED["walker-walk", "mixed"] = {"penalty_coef": 8.0}  # all three values: DIFF 2
 # not the paper's setting made shorter, but one of its own: a small model that learns fast, a small penalty, a critic
 # that comes to its values in hundreds of updates and an actor slow enough to follow it, not the model's mistakes
-QUICK = {"transitions": 30_000, "batch_size": 16, "window": 25, "model_steps": 1_800, "agent_steps": 1_500,
+QUICK = {"transitions": 30_000, "batch_size": 16, "window": 25, "model_steps": 1_800, "agent_steps": 1_000,
          "eval_every": 100, "cnn_depth": 16, "ensemble": 5, "units": 200, "model_lr": 1e-3, "actor_lr": 2e-5,
          "critic_lr": 1e-3, "target_every": 10, "penalty_coef": 1.0}  # fmt: skip
 
