@@ -485,7 +485,9 @@ def test_runs_and_inspections_with_the_environment(algo, tmp_path):
     again = run_python(ROOT / "algos" / f"{algo}.py", "--evaluate", run, "--eval-episodes", 1)
     score = float((run / "eval.csv").read_text().splitlines()[1].split(",")[2])
     assert f"score {score:.2f}, returns [{10 * score:.1f}]" in again.stdout
-    result = run_python(ROOT / "benchmarks" / "inspect_world_model.py", run, "--batch", 4, "--episodes", 1)
+    result = run_python(
+        ROOT / "benchmarks" / "inspect_world_model.py", run, "--batch", 4, "--context", 2, "--episodes", 1
+    )
     assert result.returncode == 0, result.stderr
     report = json.loads((run / "inspect" / "report.json").read_text())
     assert report["return"]["real"]["mean"] == pytest.approx(10 * score, rel=1e-4)
