@@ -161,7 +161,7 @@ def main(args: Args) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if not 1 <= args.context < run_args.window:
         raise UserError(
-            f"--context {args.context}: from 1 to {run_args.window - 1}, the run's windows have one row more"
+            f"--context {args.context}: from 1 to {run_args.window - 1}, fewer rows than the run's --window"
         )
     buffer = SequenceBuffer(dataset, max(args.batch, args.windows), run_args.window, args.seed, args.device,
                             force_first=getattr(run_args, "mask_first_action", True))  # fmt: skip

@@ -631,6 +631,3 @@ def test_bf16_is_near_fp32(phase):
         assert loss.dtype == torch.float32 and all(value.dtype == torch.float32 for value in metrics.values())
         found.append(loss.item())
     assert found[0] == pytest.approx(found[1], rel=0.02 if phase == "model" else 0.2)
-
-
-# ---- evaluation ----
