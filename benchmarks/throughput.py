@@ -183,12 +183,13 @@ def measure_world(table: Table, args: Args, dataset: Dataset) -> None:
                     known = args.device == "cpu" and args.windows == 8 and not args.quick
                     other = RELEASED_WORLD.get((file.stem, phase)) if known else None
                     what = f"{file.stem} {phase}, {args.windows} x {5 if args.quick else 50}, {precision}, {how}"
-                    table.add("world", what, value, "s/update", 1 / value, other)
+                    unit = "s" if phase == "rollouts" else "s/update"
+                    table.add("world", what, value, unit, 1 / value, other)
 
 
 def world_seconds(algo: str, precision: str, how: str, args: Args, dataset: Dataset) -> dict[str, float]:
-    """Seconds per update of each phase, batches included; for LOMPO a rollout every 200 updates is not. MOTO has one
-    update, of model and agent."""
+    """Seconds per update of each phase, batches included. LOMPO's rollouts, every 200 agent updates, are a line of their
+    own. MOTO has one update, of model and agent."""
     module = importlib.import_module(algo)
     small = {"window": 5, "cnn_depth": 4} if args.quick else {}
     run_args = module.Args(device=args.device, precision=precision, accelerate=how, batch_size=args.windows, **small)
@@ -210,6 +211,8 @@ def world_seconds(algo: str, precision: str, how: str, args: Args, dataset: Data
         latent = module.LatentBuffer(buffer, agent.model.feat_dim)
         module.generate(agent, latent, buffer, embeds, 0)
         found["agent"] = seconds_per_call(lambda: update(latent.sample(run_args.agent_batch_size)), args, args.device)
+        again = partial(module.generate, agent, latent, buffer, embeds, run_args.rollout_every)
+        found["rollouts"] = seconds_per_call(again, args, args.device)
     else:
         found["agent"] = seconds_per_call(from_windows, args, args.device)
     return found
