@@ -188,8 +188,8 @@ def measure_world(table: Table, args: Args, dataset: Dataset) -> None:
 
 
 def world_seconds(algo: str, precision: str, how: str, args: Args, dataset: Dataset) -> dict[str, float]:
-    """Seconds per update of each phase, batches included. LOMPO's rollouts, every 200 agent updates, are a line of their
-    own. MOTO has one update, of model and agent."""
+    """Seconds per update of each phase, batches included. LOMPO's rollouts, every 200 agent updates, are a line apart.
+    MOTO has one update, of model and agent."""
     module = importlib.import_module(algo)
     small = {"window": 5, "cnn_depth": 4} if args.quick else {}
     run_args = module.Args(device=args.device, precision=precision, accelerate=how, batch_size=args.windows, **small)

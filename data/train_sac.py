@@ -38,6 +38,7 @@ from collect import EPISODE, GRID, POLICIES, STATE_EVERY, TABLE_5, SACPolicy  # 
 from common import EnvPool, UserError, lock_file, make_env, one_line_errors, return_statistics, standard_transitions  # noqa: E402
 
 HIDDEN, BATCH, GAMMA = 256, 256, 0.99
+HEAD_UP = 0.9  # m; a humanoid whose head is lower is falling, or getting up
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Args:
     lr: float = 1e-3  # Adam, of actor, critics and temperature
     tau: float = 0.005  # Polyak rate of the target critics, per update
     entropy: float = -1.0  # target entropy per action dimension; lower: less noise
+    fall_cost: float = 0.0  # humanoid: what a step with the head on the ground costs the learner, 0 from 0.9 m up
     seed: int = 0  # of weights, actions and initial states
     actor_every: int = 250  # updates between saved actors
     runs_dir: Path = ROOT / "runs" / "sac"  # run folders: <runs_dir>/<task>
@@ -139,6 +141,14 @@ class Store:
             setattr(self, name, old)
 
 
+def head_index(env) -> int:
+    """Where in a state the head's height is, in m."""
+    sizes = {name: int(np.prod(spec.shape)) for name, spec in env.env.observation_spec().items()}
+    if "head_height" not in sizes:
+        raise UserError("--fall-cost: this task's states hold no head's height")
+    return sum(list(sizes.values())[: list(sizes).index("head_height")])
+
+
 def train(args: Args) -> None:
     out = args.runs_dir / args.task
     (out / "actors").mkdir(parents=True, exist_ok=True)
@@ -149,6 +159,7 @@ def train(args: Args) -> None:
     envs = [make_env(args.task, size=None) for _ in range(args.envs)]
     _, info = envs[0].reset(0)
     D, A, S = len(info["state"]), envs[0].action_dim, len(envs[0].get_state())
+    head = head_index(envs[0]) if args.fall_cost else None
     rounds = -(-args.steps // EPISODE)  # every environment makes one episode a round
     checkpoint, saved = out / "checkpoint.pt", {"rounds": 0, "episodes": 0}
     if checkpoint.exists():
@@ -209,8 +220,11 @@ def train(args: Args) -> None:
             if done_rounds > 0:
                 agent.scale.copy_(torch.from_numpy(np.sqrt(np.maximum(square - mean**2, 1e-4))))
                 i = rng.integers(rows.stop, size=BATCH)
-                agent.update(*(torch.from_numpy(a[i]) for a in (
-                    replay.state, replay.action, replay.reward, replay.next_state, replay.discount)))  # fmt: skip
+                batch = [a[i] for a in (replay.state, replay.action, replay.reward, replay.next_state, replay.discount)]
+                if head is not None:  # what is stored, recorded and printed stays the task's own reward
+                    low = np.maximum(HEAD_UP - batch[3][:, head : head + 1], 0)
+                    batch[2] = batch[2] - f32(args.fall_cost / HEAD_UP) * low
+                agent.update(*map(torch.from_numpy, batch))
                 step += 1
                 if step % args.actor_every == 0:
                     agent.save_actor(out / "actors" / f"{step:07d}.npz", updates=step)

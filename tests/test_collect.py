@@ -328,6 +328,35 @@ def test_sac_killed_between_two_checkpoints_ends_as_if_never_killed(tmp_path):
     assert len(replay) == 5500 and (replay[4000:] > 0).mean() > 0.5
 
 
+@pytest.mark.parametrize("task", ["humanoid-walk", "walker-walk"])
+def test_where_the_head_is_in_a_humanoids_state(task):
+    import train_sac
+
+    env = make_env(task, size=None)
+    if task == "walker-walk":
+        with pytest.raises(UserError, match="--fall-cost: this task's states hold no head's height"):
+            train_sac.head_index(env)
+        return
+    env.reset(0)
+    state = env.step(np.zeros(env.action_dim))[4]["state"]
+    assert state[train_sac.head_index(env)] == np.float32(env.physics.head_height())
+
+
+@pytest.mark.slow
+def test_a_fall_costs_the_learner_and_not_the_record(tmp_path):
+    """A first round only collects, the second learns: other networks, the same rewards of the first."""
+    folders = tmp_path / "plain", tmp_path / "costly"
+    for folder, cost in zip(folders, (0, 4)):
+        done = run_python(*sac(folder, 1000), "--task", "humanoid-walk", "--fall-cost", cost)
+        assert done.returncode == 0, done.stderr
+    rewards = [np.load(folder / "humanoid-walk/replay/reward.npy") for folder in folders]
+    np.testing.assert_array_equal(rewards[0][:1000], rewards[1][:1000])
+    assert (rewards[1] >= 0).all()
+    plain, costly = (torch.load(folder / "humanoid-walk/checkpoint.pt", weights_only=True) for folder in folders)
+    assert plain["step"] == costly["step"] == 500
+    assert not torch.equal(plain["agent"]["q1.0.weight"], costly["agent"]["q1.0.weight"])
+
+
 def test_exporting_what_was_never_trained_is_one_line(tmp_path):
     result = run_python(*sac(tmp_path, 500, "--export", "medium"))
     assert result.returncode == 1 and result.stderr.startswith("error: --export: ") and result.stderr.count("\n") == 1
