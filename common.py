@@ -709,7 +709,7 @@ class OnlineSet:
     Raises UserError where the disk has no room."""
 
     def __init__(self, path: Path, rows: int, size: int, action_dim: int):
-        self.path, self.lengths, self.found = path, [], 0  # found: rows that were there before
+        self.path, self.lengths, found = path, [], []
         reserve = getattr(os, "posix_fallocate", lambda handle, _, size: os.truncate(handle, size))  # macOS has none
         shapes = {"image": (3, size, size), "action": (action_dim,), "reward": (), "discount": ()}
         with _plain_errors(path):
@@ -718,11 +718,12 @@ class OnlineSet:
                 dtype = np.dtype(ARRAYS[name])
                 with open(os.open(path / f"{name}.npy", os.O_RDWR | os.O_CREAT), "r+b") as file:
                     row_bytes = int(np.prod(shape)) * dtype.itemsize
-                    self.found = max(file.seek(0, os.SEEK_END) - HEADER, 0) // row_bytes  # at last of the last one made
+                    found.append(max(file.seek(0, os.SEEK_END) - HEADER, 0) // row_bytes)
                     _write_header(file, dtype, (rows, *shape))
                     file.flush()
                     reserve(file.fileno(), 0, HEADER + rows * row_bytes)
                 setattr(self, name, np.load(path / f"{name}.npy", mmap_mode="r+"))
+        self.found = min(found)  # rows that were there before, in every file
 
     def add(self, images: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminal: bool) -> None:
         """One episode: images (T+1, 3, S, S) uint8, actions (T, A), rewards (T,)."""
@@ -1351,10 +1352,10 @@ class Run:
             with open(file, newline="") as handle:
                 header, *rows = list(csv.reader(handle)) or [[]]
             kept = [row for row in rows if len(row) == len(header) and int(row[0]) <= step]
-            if kept:
+            if kept and step:  # without a checkpoint the rows may be of other flags
                 write_atomically(file, "".join(",".join(row) + "\n" for row in [header, *kept]))
             else:
-                file.unlink()  # its header may be cut, or name the metrics of other flags
+                file.unlink()  # its header may be cut, too
         self._open_displays(step)
         self.begun, self.first_step = time.monotonic(), step
         for number in (signal.SIGTERM, signal.SIGINT):

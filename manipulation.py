@@ -7,7 +7,7 @@
     adroit-door
 
 Images alone, no proprioception, as in MOTO (arXiv:2401.03306 Appendix C.1); info["success"] says whether a step ends
-in success. render "fast" also switches shadows off, 3 to 30 times the frames per second and visibly another
+in success. render "fast" also switches shadows off, 5 to 10 times the frames per second and visibly another
 picture; "reference" is the model as it comes."""
 
 import mujoco

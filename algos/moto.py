@@ -6,7 +6,7 @@ one episode in the environment, some updates, the next episode. No code of the a
     rollout from every state of the windows H steps under the actor; r^t on arrival, less penalty_coef * u
     values  V0^t = min_i Q_i(s^t, a^t), a^t ~ pi;  V^t = r^{t+1} + gamma Vhat^{t+1}
             Vhat^t = (1 - td_lambda) V0^t + td_lambda V^t,  Vhat^H = V0^H        Eq. 4 and 5 as a recursion
-    L_pi = -mean_{t < H} Vhat^t - actor_ent * entropy - bc_coef * mean f log pi(a_data | s_data)         Eq. 6
+    L_pi = -mean_{t < H} Vhat^t - actor_ent * entropy - bc_coef * mean f log pi(a_data | s_data)  Eq. 6 and 10
     L_Q  = mean_{t < H} (Vbar^t - Q_i(s^t, a^t))^2                                                       Eq. 7
          + mean_data (r_{j+1} + gamma V0bar(s_{j+1}) - Q_i(s_j, a_j))^2, rewards as they are           Eq. 8
     bar: by the target critics. f: whether an action is worth imitating (--bc-filter).
@@ -15,7 +15,8 @@ Dims: B windows, T rows of a window, M = B T states, H horizon, A action, E embe
 F = S K + D feat, N ensemble.
 Where the paper is silent or contradicts itself (marked DIFF n where it happens):
   DIFF 1: u is the deviation over the members of the normalised logits, their mean over variables and classes; Eq. 2
-          says logits and no reduction, unnormalised ones carry an offset that means nothing.
+          says logits and no reduction. Unnormalised ones carry an offset that means nothing. The sum, read as well,
+          is 1,024 times as much: --penalty-coef 10240.
   DIFF 2: Eq. 8's V is the value of the actor's action in s_{j+1}, as its text says (no samples of the model); as
           printed it is the rollout's: --data-target vhat. Target critics there are our choice.
   DIFF 3: the model and the agent learn from one batch of 16 windows (Algorithm 1); Appendix C.3 names 128 for the
@@ -882,6 +883,8 @@ def main(args: Args) -> None:
         raise UserError(f"--window {args.window}: at least 2, an action and where it was taken")
     if args.horizon < 2 and args.value == "dreamer":
         raise UserError(f"--horizon {args.horizon}: at least 2, the actor's first own reward is that of step 1")
+    if args.offline_from and not args.online_episodes:
+        raise UserError(f"--offline-from {args.offline_from}: the online phase alone; also give --online-episodes")
     if args.offline_from and not args.tag:
         raise UserError(f"--offline-from {args.offline_from}: also give a --tag, such a run is no standard row")
     dataset = open_dataset(args, size=64)  # 64 px if it is a standard set (made on the spot if missing)
@@ -912,7 +915,7 @@ def main(args: Args) -> None:
     step, keep = run.load_checkpoint(agent=agent, buffer=buffer), None  # step: 0 for a new run
     if args.offline_from and step == 0:
         load_offline(agent, args, dataset, MODEL_FLAGS)
-        if pool and not (run.path / "eval.csv").exists():  # where the curve begins, once
+        if pool:  # where the curve begins
             run.log("eval", step, evaluate(agent, pool, args)[0] | {"episodes": 0, "env_steps": 0})
     while step < args.steps:
         phase = "offline" if step < args.offline_steps else "online"

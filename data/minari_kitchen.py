@@ -41,7 +41,7 @@ class Args:
     minari_id: str | None = None  # None: D4RL/kitchen/<dataset>-v2
     size: int = 64  # pixels per side
     workers: int | None = None  # processes; None: one per core
-    render: Literal["fast", "reference"] = "fast"  # fast: no shadows, 30 times the frames per second
+    render: Literal["fast", "reference"] = "fast"  # fast: no shadows, 10 times the frames per second
     data_dir: str | None = None  # None: $CLEANPIXELS_DATA, else datasets/ beside common.py
     stats_only: bool = False  # print episodes, returns and successes without rendering
 

@@ -560,6 +560,13 @@ def test_beginning_online_from_another_run(train, whole):
     assert isinstance(train("--offline-from", whole, "--tag", "again", crash=1), KeyboardInterrupt)
     assert train("--offline-from", whole, "--tag", "again") is None
     assert rows_of(train.folder("again-seed0"), "eval") == rows_of(run, "eval")  # that first value stands there once
+    assert train("--seed", 1) is None
+    other = train.folder("seed1")
+    assert isinstance(train("--offline-from", other, "--tag", "two", crash=1), KeyboardInterrupt)
+    assert train("--offline-from", whole, "--tag", "two") is None  # nothing had begun: it may have another donor
+    assert rows_of(train.folder("two-seed0"), "eval") == rows_of(run, "eval")
+    error = train("--offline-from", whole, "--tag", "none", "--online-episodes", 0)
+    assert isinstance(error, UserError) and "also give --online-episodes" in str(error)
     error = train("--offline-from", whole, "--tag", "wide", "--units", 14)
     assert isinstance(error, UserError) and "--units 12, here 14" in str(error)
     assert isinstance(train("--tag", "short", crash=2), KeyboardInterrupt)
@@ -579,12 +586,17 @@ def test_optimisers_come_along(train, whole, monkeypatch):
     assert seen[0] == [3, 3, 3]
 
 
-def test_offline_alone_and_more_episodes_later(train):
+def test_offline_alone_and_more_episodes_later(train, tmp_path):
     assert isinstance(train(crash=3, steps=["--offline-steps", 4, "--eval-every", 2]), KeyboardInterrupt)
     error = train(steps=["--offline-steps", 4, "--eval-every", 2, "--online-episodes", 1])  # it has no room for them
     assert isinstance(error, UserError) and "--online-episodes 0 -> 1" in str(error)
-    assert train(steps=["--offline-steps", 4, "--eval-every", 2]) is None
+    assert train(steps=["--offline-steps", 4, "--eval-every", 2]) is None  # from the checkpoint of update 2
     run = train.folder()
+    assert train("--runs-dir", tmp_path / "whole", steps=["--offline-steps", 4, "--eval-every", 2]) is None
+    other = tmp_path / "whole" / "moto" / "walker-walk" / "noise" / "seed0"
+    assert all(rows_of(run, part) == rows_of(other, part) for part in ("offline", "eval"))
+    ours, theirs = (torch.load(folder / "weights.pt", weights_only=True) for folder in (run, other))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours if name != "_extra_state")
     assert not (run / "online").exists() and "env_steps" not in rows_of(run, "eval")[0]
     assert isinstance(train("--tag", "more", crash=6), KeyboardInterrupt)
     more = ["--offline-steps", 3, "--online-episodes", 4, "--updates-per-episode", 2]
@@ -608,6 +620,9 @@ def test_the_ablations_of_figure_3_run(train, whole, flags):
 
 def test_the_runs_own_episodes_are_gone(train):
     assert isinstance(train(crash=8), KeyboardInterrupt)
+    (train.folder() / "online" / "image.npy").unlink()  # most of the bytes; what is made in its place is black
+    error = train()
+    assert isinstance(error, UserError) and "online is gone" in str(error)
     shutil.rmtree(train.folder() / "online")
     error = train()
     assert isinstance(error, UserError) and "online is gone" in str(error)
