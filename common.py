@@ -709,7 +709,7 @@ class OnlineSet:
     Raises UserError where the disk has no room."""
 
     def __init__(self, path: Path, rows: int, size: int, action_dim: int):
-        self.path, self.lengths, found = path, [], []
+        self.path, self.lengths, self.sizes, found = path, [], {}, []  # sizes: bytes that were there before
         reserve = getattr(os, "posix_fallocate", lambda handle, _, size: os.truncate(handle, size))  # macOS has none
         shapes = {"image": (3, size, size), "action": (action_dim,), "reward": (), "discount": ()}
         with _plain_errors(path):
@@ -718,12 +718,18 @@ class OnlineSet:
                 dtype = np.dtype(ARRAYS[name])
                 with open(os.open(path / f"{name}.npy", os.O_RDWR | os.O_CREAT), "r+b") as file:
                     row_bytes = int(np.prod(shape)) * dtype.itemsize
-                    found.append(max(file.seek(0, os.SEEK_END) - HEADER, 0) // row_bytes)
+                    self.sizes[name] = file.seek(0, os.SEEK_END)
+                    found.append(max(self.sizes[name] - HEADER, 0) // row_bytes)
                     _write_header(file, dtype, (rows, *shape))
                     file.flush()
                     reserve(file.fileno(), 0, HEADER + rows * row_bytes)
                 setattr(self, name, np.load(path / f"{name}.npy", mmap_mode="r+"))
         self.found = min(found)  # rows that were there before, in every file
+
+    def give_back(self) -> None:
+        """Leaves the files as long as they were before: blank rows in place of lost ones would pass for episodes."""
+        for name, size in self.sizes.items():
+            os.truncate(self.path / f"{name}.npy", size)
 
     def add(self, images: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminal: bool) -> None:
         """One episode: images (T+1, 3, S, S) uint8, actions (T, A), rewards (T,)."""
@@ -1017,6 +1023,7 @@ class SequenceBuffer:
         if self.online:
             self.online.lengths = list(state["online"])
             if sum(self.online.lengths) > self.online.found:
+                self.online.give_back()
                 raise UserError(
                     f"{self.online.path} is gone, and with it the run's own episodes; --overwrite begins anew"
                 )
