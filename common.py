@@ -594,7 +594,7 @@ class DatasetWriter:
             for episode in episodes[writer.episodes :]:  # 0 at first; later, what an interrupted run still lacks
                 writer.add(frames, actions, rewards, terminal=False)
 
-    task: the dm_control task to evaluate in, rendered in `render` quality; "own": none. mujoco: the version that
+    task: the task of make_env to evaluate in, rendered in `render` quality; "own": none. mujoco: the version that
     rendered the frames, if one did. recipe: whatever tells one set from another; an unfinished set with another is
     begun anew.
 
@@ -1108,15 +1108,21 @@ def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
     first.add_argument("--task", nargs="?", default=defaults.task)
     first.add_argument("--dataset", nargs="?", default=defaults.dataset)
     first.add_argument("--quick", action="store_true")
+    first.add_argument("--evaluate", nargs="?")
     typed, _ = first.parse_known_args(argv)
-    if typed.dataset and (Path(typed.dataset) / "meta.json").exists():
+    evaluated = {}
+    if typed.evaluate and (config := Path(typed.evaluate) / "config.json").exists():  # as the run evaluated itself
+        run = json.loads(config.read_text())["args"]
+        typed.task, typed.dataset = run["task"], run["dataset"]
+        evaluated = {"eval_episodes": run["eval_episodes"]}
+    elif typed.dataset and (Path(typed.dataset) / "meta.json").exists():
         typed.task = Dataset(typed.dataset).task  # whatever was typed, see open_dataset
     merged: dict[str, Any] = {"task": typed.task or defaults.task}
     if merged["task"].startswith(MANIPULATION):
         merged["eval_episodes"] = 20  # a rate of success needs more of them
     for key in _tuned_keys(typed.task, typed.dataset):
         merged |= tuned.get(key, {})
-    merged |= quick if typed.quick else {}
+    merged |= (quick if typed.quick else {}) | evaluated
     default = dataclasses.replace(defaults, **merged)
     args = tyro.cli(args_class, args=argv, default=default, config=(tyro.conf.FlagCreatePairsOff,))
     args.data_dir, args.runs_dir = (args.data_dir or default_data_dir(), args.runs_dir or str(HERE / "runs"))
@@ -1149,10 +1155,10 @@ def evaluation_pool(args, facts: dict, frame_stack: int = 3) -> EnvPool | None:
     if facts["source"] == "vd4rl" and facts["task"].startswith(("walker", "cheetah")):
         print(
             "note: the official sets were rendered before MuJoCo 3.2.0, which changed the pixels of walker and cheetah "
-            "(mean difference 1.6 and 2.1 of 255): evaluation frames differ that much from the data"
+            "(mean difference 1.6 and 2.1 of 255): frames rendered here differ that much from the data"
         )
     elif facts["mujoco"] not in (installed, None):
-        print(f"warning: the data was rendered with mujoco {facts['mujoco']}, evaluation renders with {installed}")
+        print(f"warning: the data was rendered with mujoco {facts['mujoco']}, here mujoco {installed} renders")
     steps = getattr(args, "episode_steps", None)
     pool = EnvPool(facts["task"], facts["size"], args.eval_episodes, frame_stack, facts["render"], episode_steps=steps)
     action_dim = pool.call("action_size", [()] * pool.count)[0]  # makes them now: mistakes show before training
@@ -1162,15 +1168,25 @@ def evaluation_pool(args, facts: dict, frame_stack: int = 3) -> EnvPool | None:
     return pool
 
 
-def start_run(args, dataset: Dataset) -> "Run":
+def start_run(args, dataset: Dataset, model_flags: tuple[str, ...] = ()) -> "Run":
     """Opens runs/[quick/]<algo>/<task>/<set>[-vd4rl]/[<tag>-]seed<k>: lock, config.json, a copy of the script.
 
-    The same command continues what is there. Raises UserError where the folder holds a run with other flags or
-    data, where another process runs in it, where no updates are asked for, and SystemExit(0) where it is finished."""
+    The same command continues what is there. model_flags: those that must be alike where a new run begins from
+    another's networks (--model-from, --offline-from). Raises UserError where that one does not fit, where the folder
+    holds a run with other flags or data, where another process runs in it, where no updates are asked for, and
+    SystemExit(0) where it is finished."""
     if args.steps == 0:
         raise UserError("no updates are asked for: there is nothing to do")
     script = Path(sys.modules["__main__"].__file__).resolve()
-    return Run(run_folder(args, script.stem, dataset.path.name, dataset.source), args, dataset.facts(), script)
+    path = run_folder(args, script.stem, dataset.path.name, dataset.source)
+    if args.overwrite or not has_begun(path):  # a run that has begun needs the other no more
+        check_donor(args, dataset, model_flags, path)
+    return Run(path, args, dataset.facts(), script)
+
+
+def has_begun(run: Path) -> bool:
+    """Whether a run folder holds something to go on from."""
+    return any(run.glob("checkpoint-*")) or (run / "finished.json").exists()
 
 
 def run_folder(args, algo: str, set_name: str, source: str) -> Path:
@@ -1228,13 +1244,12 @@ class Run:
             write_atomically(path / "config.json", json.dumps(config, indent=1, default=str))
         torch.manual_seed(args.seed)
         np.random.seed(args.seed)
-        self.stop_signal, self.last_logged, self.last_saved, self.wall = (0, -1, time.monotonic(), 0.0)
+        self.stop_signal, self.last_checked, self.last_saved, self.wall = (0, -1, time.monotonic(), 0.0)
         self.bar, self.watched = None, None
 
     def _check_config(self, script: Path) -> None:
         file = self.path / "config.json"
-        begun = self._checkpoints() or (self.path / "finished.json").exists()
-        if not file.exists() or not begun:
+        if not file.exists() or not has_begun(self.path):
             return  # it ended before its first checkpoint: there is nothing that other flags could spoil
         if changed_code(script, self.path):
             raise UserError(f"{script.name} has changed since {self.path} began (diff it with the copy there). "
@@ -1265,6 +1280,7 @@ class Run:
         due = step % self.args.log_every == 0 or self._save_due(step)
         if due:
             self._require_finite_metrics()
+            self.last_checked = step
         return due
 
     def _watch(self, step: int, metrics: dict[str, Tensor]) -> None:
@@ -1294,7 +1310,7 @@ class Run:
 
     def checkpoint_due(self, step: int) -> bool:
         """At every evaluation, every 5 minutes, and when asked to stop; only right after metrics were seen finite."""
-        return self.last_logged == step and self._save_due(step)
+        return self.last_checked == step and self._save_due(step)
 
     def _save_due(self, step: int) -> bool:
         late = time.monotonic() - self.last_saved > CHECKPOINT_SECONDS
@@ -1330,9 +1346,8 @@ class Run:
         if part == "eval":
             success = f", success {row['success']:.0f} %" if "success" in row else ""
             self.bar.write(f"step {step}: score {row['score']:.1f}{success}")
-        else:
-            self.bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k.endswith("loss")}, refresh=False)
-            self.last_logged = step
+        elif losses := {name: f"{value:.3g}" for name, value in row.items() if name.endswith("loss")}:
+            self.bar.set_postfix(losses, refresh=False)
 
     def wall_s(self) -> float:
         """Seconds this run has taken, over all its resumes, evaluation included."""
@@ -1518,46 +1533,53 @@ def is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def load_model(model, args, dataset: Dataset, flags: tuple[str, ...], prefix: str = "model.") -> None:
-    """What --model-from RUN needs: loads the part `prefix` of the newest weights of a run into `model`.
+def check_donor(args, dataset: Dataset, flags: tuple[str, ...], run: Path) -> None:
+    """What --model-from RUN and --offline-from RUN need, before a run in folder `run` begins.
 
-    Raises UserError where RUN has not finished its first phase, where one of `flags`, the task or the action size is
-    another than here, or where the networks are."""
-    path, flag = Path(args.model_from), f"--model-from {args.model_from}"
-    there = _check_donor(args, flag, path, dataset, flags)
-    step = max([int(folder.name[11:]) for folder in path.glob("checkpoint-*") if is_whole(folder)], default=0)
-    if not (path / "finished.json").exists() and step < there["model_steps"]:
-        raise UserError(f"{flag} has not finished its first phase of {there['model_steps']} updates")
-    weights = newest_weights(path)
-    _load(model, {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}, flag)
+    Raises UserError where RUN has not finished the phase that is asked for, where one of `flags`, the task or the
+    action size is another than here, or where it is this run itself."""
+    for name, phase in (("model_from", "model_steps"), ("offline_from", "offline_steps")):
+        if not (value := getattr(args, name, None)):
+            continue
+        path, flag = Path(value), f"--{name.replace('_', '-')} {value}"
+        if path.resolve() == run.resolve():
+            raise UserError(f"{flag} is this run itself; give this one another --tag")
+        try:
+            config = json.loads((path / "config.json").read_text())
+        except FileNotFoundError:
+            raise UserError(f"{flag}: there is no config.json; give a run's folder") from None
+        there, here = config["args"], dataclasses.asdict(args)
+        pairs = {f"--{key.replace('_', '-')}": (there.get(key), here[key]) for key in flags}
+        size = config["dataset"]["action_dim"], dataset.action_dim
+        pairs |= {"task": (there["task"], args.task), "action_dim": size}
+        if changed := ", ".join(f"{key} {old}, here {new}" for key, (old, new) in pairs.items() if old != new):
+            raise UserError(f"{flag} has {changed}")
+        if there.get("offline_from"):
+            raise UserError(f"{flag} had no offline phase of its own; give {there['offline_from']}")
+        if name == "offline_from":
+            done = (path / "offline.pt").exists()
+        else:
+            steps = [int(folder.name[11:]) for folder in path.glob("checkpoint-*") if is_whole(folder)]
+            done = (path / "finished.json").exists() or max(steps, default=0) >= there[phase]
+        if not done:
+            words = "offline phase" if name == "offline_from" else "first phase"
+            raise UserError(f"{flag} has not finished its {words} of {there[phase]} updates")
+        if config["dataset"]["hash"] != dataset.hash:
+            print(f"note: the model of {flag} was trained on other data, {config['dataset']['set']}")
 
 
-def load_offline(agent, args, dataset: Dataset, flags: tuple[str, ...]) -> None:
-    """What --offline-from RUN needs: loads the agent as the offline phase of a run left it, optimisers included, see
-    Run.save_offline. Raises UserError as load_model does."""
-    path, flag = Path(args.offline_from), f"--offline-from {args.offline_from}"
-    there = _check_donor(args, flag, path, dataset, flags)
-    if there["offline_from"]:
-        raise UserError(f"{flag} had no offline phase of its own; give {there['offline_from']}")
-    if not (path / "offline.pt").exists():
-        raise UserError(f"{flag} has not finished its offline phase of {there['offline_steps']} updates")
-    _load(agent, torch.load(path / "offline.pt", map_location="cpu", weights_only=True), flag)
+def load_model(model, args, prefix: str = "model.") -> None:
+    """--model-from RUN: the part `prefix` of the newest weights of a run. Raises UserError where they do not fit."""
+    weights = newest_weights(Path(args.model_from))
+    part = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+    _load(model, part, f"--model-from {args.model_from}")
 
 
-def _check_donor(args, flag: str, path: Path, dataset: Dataset, flags: tuple[str, ...]) -> dict:
-    """The args of another run; raises UserError where one that matters is not as here."""
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        raise UserError(f"{flag}: there is no config.json; give a run's folder") from None
-    there, here = config["args"], dataclasses.asdict(args)
-    pairs = {f"--{name.replace('_', '-')}": (there.get(name), here[name]) for name in flags}
-    pairs |= {"task": (there["task"], args.task), "action_dim": (config["dataset"]["action_dim"], dataset.action_dim)}
-    if changed := ", ".join(f"{name} {old}, here {new}" for name, (old, new) in pairs.items() if old != new):
-        raise UserError(f"{flag} has {changed}")
-    if config["dataset"]["hash"] != dataset.hash:
-        print(f"note: the model of {flag} was trained on other data, {config['dataset']['set']}")
-    return there
+def load_offline(agent, args) -> None:
+    """--offline-from RUN: the agent as the offline phase of a run left it, optimisers included, see Run.save_offline.
+    Raises UserError where it does not fit."""
+    weights = torch.load(Path(args.offline_from) / "offline.pt", map_location="cpu", weights_only=True)
+    _load(agent, weights, f"--offline-from {args.offline_from}")
 
 
 def _load(module, weights: dict, flag: str) -> None:

@@ -758,7 +758,7 @@ def main(args: Args) -> None:
         args.model_steps = round(dataset.num_transitions * 25_000 / 100_000)  # DIFF 3
     if args.agent_steps is None:
         args.agent_steps = round(dataset.num_transitions * 150_000 / 100_000)
-    run = start_run(args, dataset)  # folder, lock, config.json, copies of the code; seeds torch and NumPy
+    run = start_run(args, dataset, MODEL_FLAGS)  # folder, lock, config.json, copies of the code; seeds generators
     pool = evaluation_pool(args, dataset.facts(), 1)  # its workers neither import this file nor touch CUDA
     buffer = SequenceBuffer(dataset, args.batch_size, args.window, args.seed, args.device, args.buffer_device,
                             force_first=args.mask_first_action)  # fmt: skip
@@ -768,7 +768,7 @@ def main(args: Args) -> None:
     parts = {"agent": agent, "buffer": buffer, "latent": latent}
     step = run.load_checkpoint(**parts)  # 0 for a new run
     if args.model_from and step == 0:
-        load_model(agent.model, args, dataset, MODEL_FLAGS)
+        load_model(agent.model, args)
     while step < args.steps:
         phase = "model" if step < args.model_steps else "agent"
         if phase == "model":

@@ -838,6 +838,12 @@ def online_episode(agent: Agent, pool: EnvPool, args: Args, number: int) -> tupl
     return np.stack(images), np.stack(actions), np.array(rewards), bool(terminal[0])
 
 
+def played(online: OnlineSet, repeat: int) -> dict[str, int]:
+    """Online episodes so far, and the simulation steps in them."""
+    count = len(online.lengths)
+    return {"episodes": count, "env_steps": repeat * (sum(online.lengths) - count)}
+
+
 # ==== Evaluation ====
 
 
@@ -896,7 +902,7 @@ def main(args: Args) -> None:
         args.offline_steps = 0
     if args.offline_steps is None:
         args.offline_steps = dataset.num_transitions  # DIFF 8
-    run = start_run(args, dataset)  # folder, lock, config.json, copies of the code; seeds torch and NumPy
+    run = start_run(args, dataset, MODEL_FLAGS)  # folder, lock, config.json, copies of the code; seeds generators
     pool = evaluation_pool(args, dataset.facts(), 1)  # its workers neither import this file nor touch CUDA
     online, episode_pool = None, None
     if args.online_episodes:
@@ -914,13 +920,15 @@ def main(args: Args) -> None:
     update = accelerate(agent, "update", args)
     step, keep = run.load_checkpoint(agent=agent, buffer=buffer), None  # step: 0 for a new run
     if args.offline_from and step == 0:
-        load_offline(agent, args, dataset, MODEL_FLAGS)
+        load_offline(agent, args)
         if pool:  # where the curve begins
-            run.log("eval", step, evaluate(agent, pool, args)[0] | {"episodes": 0, "env_steps": 0})
+            run.log("eval", step, evaluate(agent, pool, args)[0] | played(online, repeat))
     while step < args.steps:
         phase = "offline" if step < args.offline_steps else "online"
         if phase == "online" and (step - args.offline_steps) % args.updates_per_episode == 0:
-            buffer.add(*online_episode(agent, episode_pool, args, len(online.lengths)))
+            images, actions, rewards, terminal = online_episode(agent, episode_pool, args, len(online.lengths))
+            buffer.add(images, actions, rewards, terminal)
+            run.log("episodes", step + 1, episode_pool.summary(rewards.sum(keepdims=True)) | played(online, repeat))
             keep = None
         if keep is None:  # the first update, or there is a new episode
             keep = worth_imitating(buffer, args)
@@ -938,10 +946,7 @@ def main(args: Args) -> None:
             run.save_offline(agent)
         if pool and (run.eval_due(step) or step == args.offline_steps):
             metrics, frames = evaluate(agent, pool, args)
-            if online:
-                played = len(online.lengths)
-                metrics |= {"episodes": played, "env_steps": repeat * (sum(online.lengths) - played)}
-            run.log("eval", step, metrics)
+            run.log("eval", step, metrics | (played(online, repeat) if online else {}))
             if step == args.steps:
                 save_video(run.path / "evaluation.mp4", frames)
         if run.checkpoint_due(step):

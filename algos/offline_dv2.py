@@ -770,14 +770,14 @@ def main(args: Args) -> None:
         args.model_steps = round(800 * epoch)  # DIFF 1
     if args.agent_steps is None:
         args.agent_steps = round(2400 * epoch)
-    run = start_run(args, dataset)  # folder, lock, config.json, copies of the code; seeds torch and NumPy
+    run = start_run(args, dataset, MODEL_FLAGS)  # folder, lock, config.json, copies of the code; seeds generators
     pool = evaluation_pool(args, dataset.facts(), 1)  # its workers neither import this file nor touch CUDA
     buffer = SequenceBuffer(dataset, args.batch_size, args.window, args.seed, args.device, args.buffer_device)
     agent = Agent(args, buffer.action_dim).to(args.device)
     update_model, update_agent = (accelerate(agent, name, args) for name in ("update_model", "update_agent"))
     step, embeds = run.load_checkpoint(agent=agent, buffer=buffer), None  # step: 0 for a new run
     if args.model_from and step == 0:
-        load_model(agent.model, args, dataset, MODEL_FLAGS)
+        load_model(agent.model, args)
     while step < args.steps:
         phase = "model" if step < args.model_steps else "agent"
         if phase == "model":

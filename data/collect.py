@@ -164,17 +164,19 @@ class Demonstrated:
 
         warnings.filterwarnings("ignore", module="metaworld.policies")  # that it clips actions, as we do
         self.policy = ENV_POLICY_MAP[f"{args.task.removeprefix('metaworld-')}-v3"]()
-        env, self.seeds, tried = make_env(args.task, size=None), [], 0
+        env, self.seeds, first, tried = make_env(args.task, size=None), [], [], 0
         while len(self.seeds) < total:
             seed = int(rng_of(name, args.seed, tried).integers(2**31))
-            info, solved, tried = env.reset(seed)[1], False, tried + 1
+            info, solved, tried = env.reset(seed)[1], [], tried + 1
             for _ in range(DEMO_STEPS):
                 info = env.step(self.act(info["state"]))[-1]
-                solved |= info["success"]
-            self.seeds += [seed] if solved else []
+                solved.append(info["success"])
+            if any(solved):
+                self.seeds.append(seed)
+                first.append(solved.index(True) + 1)
             if tried == 20 + 10 * total:
                 raise UserError(f"--task {args.task}: {len(self.seeds)} of {tried} scripted episodes succeed")
-        print(f"{total} of the first {tried} scripted episodes succeed")
+        print(f"{total} of the first {tried} scripted episodes succeed, first after {np.mean(first):.1f} actions")
 
     def act(self, state: np.ndarray) -> np.ndarray:
         return np.clip(self.policy.get_action(state.astype(np.float64)), -1, 1).astype(np.float32)

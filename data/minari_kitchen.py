@@ -8,6 +8,7 @@ $MINARI_DATASETS_PATH). Of its episodes the recorded states are rendered and the
 counted anew from the state it led to, how many of the four objects are in place, since Minari's takes an object
 off the list once it is done. The set goes to made/kitchen-<dataset>/<dataset>-64px; interrupt at any time."""
 
+import json
 import sys
 import time
 from dataclasses import dataclass
@@ -75,6 +76,8 @@ def print_statistics(task: str, rewards: list[np.ndarray]) -> None:
     print(f"{task}: {len(rewards)} episodes, {rows - len(rewards):,} transitions; returns "
           + ", ".join(f"{name} {value:.1f}" for name, value in return_statistics(returns).items()))  # fmt: skip
     counts = ", ".join(f"{n}: {(best == n).sum()}" for n in range(5))
+    print(f"most objects in place at once, mean over episodes: {best.mean():.2f}")
+    print("MOTO's Appendix C.2: 563 episodes, 128,569 transitions; returns mean 261.1; 3.98 objects")
     print(f"episodes by the most objects in place at once: {counts}; {100 * (best == 4).mean():.1f} % solve the task")
 
 
@@ -100,6 +103,9 @@ def render(args: Args, task: str, name: str, found: list, folder: Path) -> None:
     pool = EnvPool(task, args.size, args.workers or cores(), frame_stack=1, render=args.render)
     with DatasetWriter(folder, args.size, ACTION, task, "made", **facts) as writer:
         if writer.complete:
+            meta = read_meta(folder)
+            if meta["render"] != args.render or meta["recipe"] != json.loads(json.dumps(recipe)):
+                raise UserError(f"{folder} was made with another --render or --minari-id; delete it to make it again")
             return
         rest = found[writer.episodes :]
         bar = progress_bar(sum(len(states) for states, _, _ in rest), 0, "frame")

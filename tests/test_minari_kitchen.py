@@ -69,6 +69,10 @@ def test_the_set_is_what_was_recorded(recorded, tmp_path):
     np.testing.assert_array_equal(part.image[5:], frames)
     assert (frames[0] != frames[1]).any() and frames.std() > 10
     env.close()
+    again = convert(recorded, *flags)
+    assert again.returncode == 0, again.stderr  # it is there
+    other = convert(recorded, *flags, "--render", "reference")
+    assert other.returncode == 1 and "was made with another --render or --minari-id; delete it" in other.stderr
 
 
 def test_rewards_are_those_of_the_environment():

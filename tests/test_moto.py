@@ -477,7 +477,7 @@ def rows_of(run: Path, part: str) -> list[list[str]]:
 
 
 def same_runs(one: Path, two: Path) -> bool:
-    for part in ("offline", "online", "eval"):
+    for part in ("offline", "online", "episodes", "eval"):
         assert rows_of(one, part) == rows_of(two, part)
     ours, theirs = (torch.load(run / "weights.pt", weights_only=True) for run in (one, two))
     images = [np.load(run / "online" / "image.npy") for run in (one, two)]
@@ -503,6 +503,15 @@ def test_a_run_of_both_phases(whole):
     assert images.shape == (21, 3, 64, 64) and images.std() > 10
     assert (actions[[0, 7, 14]] == 0).all() and (np.abs(actions[1:7]) > 0).all()  # an episode's reset row
     assert (images[0] != images[7]).any()  # another episode begins in another state
+
+
+def test_online_episodes_are_logged(whole):
+    header, *rows = rows_of(whole, "episodes")
+    assert header == ["step", "score", "return_0", "episodes", "env_steps"]  # and no success: it is dm_control
+    assert [(row[0], *row[3:]) for row in rows] == [("4", "1", "12"), ("6", "2", "24"), ("8", "3", "36")]
+    returns = np.load(whole / "online" / "reward.npy").reshape(3, 7).sum(1)
+    assert [float(row[2]) for row in rows] == pytest.approx(returns.tolist(), rel=1e-5)
+    assert [float(row[1]) for row in rows] == pytest.approx((returns / 10).tolist(), rel=1e-5)
 
 
 @pytest.mark.parametrize("crash", [2, 4, 6, 7, 8, 9])  # checkpoints: 3, the offline end, and 6, amid updates
@@ -572,6 +581,27 @@ def test_beginning_online_from_another_run(train, whole):
     assert isinstance(train("--tag", "short", crash=2), KeyboardInterrupt)
     error = train("--offline-from", train.folder("short-seed0"), "--tag", "none")
     assert isinstance(error, UserError) and "has not finished its offline phase of 3 updates" in str(error)
+    assert not train.folder("none-seed0").exists()
+
+
+@pytest.mark.parametrize("donor", ["none", "itself"])
+def test_a_wrong_donor_overwrites_nothing(train, whole, donor):
+    assert train("--tag", "on") is None
+    before = sorted(path.name for path in train.folder("on-seed0").iterdir())
+    error = train("--offline-from", train.folder({"none": "x-seed0", "itself": "on-seed0"}[donor]), "--tag", "on",
+                  "--overwrite")  # fmt: skip
+    message = {"none": "there is no config.json", "itself": "is this run itself; give this one another --tag"}[donor]
+    assert isinstance(error, UserError) and message in str(error)
+    assert sorted(path.name for path in train.folder("on-seed0").iterdir()) == before
+    assert (train.folder("on-seed0") / "weights.pt").exists()
+
+
+def test_a_run_that_has_begun_needs_its_donor_no_more(train, tmp_path, whole):
+    donor = tmp_path / "donor"
+    shutil.copytree(whole, donor)
+    assert isinstance(train("--offline-from", donor, "--tag", "on", crash=4), KeyboardInterrupt)
+    shutil.rmtree(donor)
+    assert train("--offline-from", donor, "--tag", "on") is None
 
 
 def test_optimisers_come_along(train, whole, monkeypatch):
@@ -638,6 +668,13 @@ def test_a_set_given_by_its_path_has_its_own_tasks_settings(walker_set, tmp_path
     assert (args.task, args.bc_filter, args.online_episodes) == ("own", "return", 0)
 
 
+def test_evaluating_a_run_takes_its_own_number_of_episodes(whole, tmp_path):
+    args = common.typed_args(moto.Args, moto.TUNED, moto.QUICK, ["--evaluate", str(whole)])
+    assert args.eval_episodes == 1  # neither 20, of the default task, nor walker-walk's 10
+    args = common.typed_args(moto.Args, moto.TUNED, moto.QUICK, ["--evaluate", str(whole), "--eval-episodes", "3"])
+    assert args.eval_episodes == 3
+
+
 def test_what_cannot_be(train, tmp_path):
     own = write_set(tmp_path / "robot", size=64, lengths=(9, 9))
     error = train(dataset=own)
@@ -678,6 +715,43 @@ def test_a_run_can_be_inspected(whole, walker_set, tmp_path):
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["trained_on"] and report["penalty_random_policy"]["mean"] > 0 and "return" in report
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("agent_batch_size", [None, 3])
+def test_a_cuda_graph_goes_on_drawing_and_learning(agent_batch_size):
+    """Three warm-ups, which are eager code, the capture with its replay, two replays."""
+    found = {}
+    for accelerate in ("eager", "graph"):
+        agent = make_agent(device="cuda", accelerate=accelerate, agent_batch_size=agent_batch_size).to("cuda")
+        update, losses = common.accelerate(agent, "update", agent.args), []
+        torch.manual_seed(1)
+        for seed in range(6):
+            batch = common.Sequences(*(part.to("cuda") for part in make_batch(agent, seed=seed)))
+            other = [part.to("cuda") for part in make_batch(agent, 3, seed=10 + seed)] if agent_batch_size else []
+            keep = torch.ones(3 if other else 2, 5, device="cuda")
+            losses.append({name: value.item() for name, value in update(batch, keep, *other).items()})
+        found[accelerate] = losses
+    for graphed, eager in zip(found["graph"][:3], found["eager"]):
+        assert graphed == pytest.approx(eager, rel=1e-3, abs=1e-5)
+    values = [metrics["critic/loss"] for metrics in found["graph"]]
+    assert len(set(values)) == 6 and np.isfinite(values).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("buffer_device", ["cpu", "cuda"])
+def test_online_episodes_reach_the_gpu(tmp_path, buffer_device):
+    dataset, found = Dataset(write_set(tmp_path / "set", lengths=(9, 7), size=64)), []
+    for device in ("cpu", "cuda"):
+        online = OnlineSet(tmp_path / device, 24, 64, 2)
+        buffer = SequenceBuffer(dataset, 8, 4, 0, device, "cpu" if device == "cpu" else buffer_device, online=online)
+        for seed in range(2):
+            images, actions, rewards, _ = synthetic_episode(20, 6, 64, 2, np.random.default_rng(seed))
+            buffer.add(images.transpose(0, 3, 1, 2), actions, rewards, False)
+        found.append(buffer.sample(count=40))
+    assert found[0].row.max() >= 18  # some are of the run's own
+    for one, two in zip(*found):
+        assert two.device.type == "cuda" and torch.equal(one, two.cpu())
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ def test_a_killed_run_continues_bit_by_bit(algo, train, crash):
 def test_steps_left_out_scale_with_the_set(algo, own_set, monkeypatch):
     found = {}
 
-    def started(args, dataset):
+    def started(args, dataset, flags):
         found.update(model=args.model_steps, agent=args.agent_steps, total=args.steps)
         raise UserError("enough")
 
