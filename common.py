@@ -2,11 +2,12 @@
 
     environments   make_env, EnvPool                                       needs mujoco, dm_control
     data           open_dataset, DatasetWriter, TransitionBuffer,          needs numpy, torch
-                   SequenceBuffer
+                   SequenceBuffer, OnlineSet
     runs           parse_args, start_run, Run, accelerate                  needs torch, tyro
 
-The algorithm files import this one and nothing else of the project; a folder that holds one of them
-and this file works. Networks, losses, schedules and augmentation are not here: papers describe them."""
+The algorithm files import this one and nothing else of the project; a folder that holds one of them and this file
+works (for manipulation tasks also manipulation.py). Networks, losses, schedules and augmentation are not here: papers
+describe them."""
 
 import argparse
 import ast
@@ -23,10 +24,13 @@ import importlib
 import importlib.metadata
 import io
 import json
+import math
 import multiprocessing
 import multiprocessing.util
 import os
 import platform
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -527,6 +531,8 @@ def open_dataset(args, size: int) -> Dataset:
                 f"--dataset {args.dataset}: neither one of {', '.join(NAMED_SETS)} nor a folder. "
                 f"In --data-dir {args.data_dir} there are: {_known_sets(args.data_dir)}"
             )
+        if args.transitions is not None:
+            raise UserError(f"--transitions {args.transitions}: a set given by its path is used whole")
         dataset = Dataset(args.dataset)
         if dataset.task != args.task:
             print(f"--task: {dataset.path} was recorded on {dataset.task}, which is used")
@@ -554,7 +560,7 @@ def collect_flags(args, size: int) -> list[str]:
     """What data/collect.py is told to make the standard set that `args` name."""
     flags = ["--task", args.task, "--dataset", args.dataset, "--size", str(size)]
     flags += ["--data-dir", str(Path(args.data_dir).resolve())]
-    flags += ["--transitions", str(args.transitions)] if args.transitions else []
+    flags += ["--transitions", str(args.transitions)] if args.transitions is not None else []
     return flags + (["--seed", str(args.data_seed)] if args.data_seed else [])
 
 
@@ -1036,9 +1042,10 @@ class SequenceBuffer:
 FREE_FLAGS = {"data_dir", "runs_dir", "log_every", "buffer_device", "overwrite", "evaluate"}  # may differ on resume
 GROWING_FLAGS = {"steps", "agent_steps", "online_episodes"}  # may grow on resume
 AT_LEAST_1 = ("steps", "batch_size", "log_every", "eval_episodes", "nstep", "window", "horizon", "ensemble",
-              "target_every", "rollout_every", "updates_per_episode", "episode_steps")  # fmt: skip
-LEAST = dict.fromkeys(AT_LEAST_1, 1) | {"agent_batch_size": 2}  # flag -> smallest
-LEAST |= dict.fromkeys(("model_steps", "agent_steps", "offline_steps", "online_episodes"), 0)
+              "target_every", "rollout_every", "updates_per_episode", "episode_steps", "transitions",
+              "cql_samples")  # fmt: skip
+LEAST = dict.fromkeys(AT_LEAST_1, 1) | {"agent_batch_size": 2}  # flag -> smallest; half of lompo's batch is imagined
+LEAST |= dict.fromkeys(("model_steps", "agent_steps", "offline_steps", "online_episodes", "eval_every", "seed"), 0)
 EVAL_SEED = 1_000_000  # evaluation episode i starts from seed EVAL_SEED + i, in every run and at every step
 CHECKPOINT_SECONDS = 300.0
 
@@ -1079,6 +1086,8 @@ def parse_args(args_class, tuned: dict, quick: dict):
     args = typed_args(args_class, tuned, quick)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        raise UserError(f"--device {args.device}: auto, cpu, cuda or cuda:N")
     if args.device.startswith("cuda"):
         if not torch.cuda.is_available():
             raise UserError(f"--device {args.device}: there is no CUDA device here; --device cpu")
@@ -1107,6 +1116,7 @@ def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # what decides on the other defaults
     first.add_argument("--task", nargs="?", default=defaults.task)
     first.add_argument("--dataset", nargs="?", default=defaults.dataset)
+    first.add_argument("--source", nargs="?", default="made")
     first.add_argument("--quick", action="store_true")
     first.add_argument("--evaluate", nargs="?")
     typed, _ = first.parse_known_args(argv)
@@ -1120,9 +1130,12 @@ def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
     merged: dict[str, Any] = {"task": typed.task or defaults.task}
     if merged["task"].startswith(MANIPULATION):
         merged["eval_episodes"] = 20  # a rate of success needs more of them
-    for key in _tuned_keys(typed.task, typed.dataset):
+    for key in _tuned_keys(merged["task"], typed.dataset):
         merged |= tuned.get(key, {})
     merged |= (quick if typed.quick else {}) | evaluated
+    whole = typed.dataset not in NAMED_SETS or typed.source != "made" or merged["task"].startswith("kitchen-")
+    if whole:  # only sets that are made here can be cut
+        merged.pop("transitions", None)
     default = dataclasses.replace(defaults, **merged)
     args = tyro.cli(args_class, args=argv, default=default, config=(tyro.conf.FlagCreatePairsOff,))
     args.data_dir, args.runs_dir = (args.data_dir or default_data_dir(), args.runs_dir or str(HERE / "runs"))
@@ -1150,7 +1163,8 @@ def evaluation_pool(args, facts: dict, frame_stack: int = 3) -> EnvPool | None:
     if args.eval_every == 0:
         return None
     if facts["task"] == "own":
-        raise UserError(f"{facts['set']} names no task to evaluate on; train on it with --eval-every 0")
+        mend = "" if getattr(args, "evaluate", None) else "; train on it with --eval-every 0"
+        raise UserError(f"{facts['set']} names no task to evaluate in{mend}")
     installed = versions().get("mujoco")
     if facts["source"] == "vd4rl" and facts["task"].startswith(("walker", "cheetah")):
         print(
@@ -1215,12 +1229,10 @@ class Run:
         with _plain_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             self.lock = lock_file(path / ".lock")
-            if args.overwrite:
-                for entry in sorted(path.iterdir(), key=lambda entry: entry.name == "config.json"):  # that one last
-                    if entry.name != ".lock":
-                        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        self._check_config(script)
-        if (path / "finished.json").exists():
+        self.script = script
+        if not args.overwrite:
+            self._check_config(script)
+        if (path / "finished.json").exists() and not args.overwrite:
             summary = json.loads((path / "finished.json").read_text())
             if args.steps > summary["steps"]:
                 raise UserError(
@@ -1230,22 +1242,36 @@ class Run:
             raise SystemExit(0)
         if args.eval_every is None:
             args.eval_every = -(-args.steps // 20)
-        with _plain_errors(path):
-            here = {"command": " ".join(sys.argv), "commit": _commit(script), "hardware": hardware(args.device),
-                    "versions": versions()}  # fmt: skip
-            if self._checkpoints():  # what began the run stays; what went on with it is listed beside it
-                config = json.loads((path / "config.json").read_text())
-                config["resumed"].append(here)
-            else:
-                config = {"algo": script.stem, **here, "resumed": []}
-                for file in (script, HERE / "common.py"):
-                    write_atomically(path / file.name, file.read_text())
-            config |= {"args": dataclasses.asdict(args), "dataset": facts}
-            write_atomically(path / "config.json", json.dumps(config, indent=1, default=str))
         torch.manual_seed(args.seed)
         np.random.seed(args.seed)
         self.stop_signal, self.last_checked, self.last_saved, self.wall = (0, -1, time.monotonic(), 0.0)
         self.bar, self.watched = None, None
+
+    def _write_config(self) -> None:
+        """config.json and copies of the code; what began a run stays, what went on with it is listed beside it."""
+        here = {"command": shlex.join(sys.argv), "commit": _commit(self.script), "versions": versions()}
+        here["hardware"] = hardware(self.args.device)
+        with _plain_errors(self.path):
+            if self.args.overwrite:  # only now: whatever can be wrong with the command has been found
+                keep = (
+                    {".lock", "online"} if getattr(self.args, "online_episodes", 0) else {".lock"}
+                )  # that one is open
+                for entry in sorted(
+                    self.path.iterdir(), key=lambda entry: entry.name == "config.json"
+                ):  # it is the last
+                    if entry.name not in keep:
+                        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            if self._checkpoints():
+                config = json.loads((self.path / "config.json").read_text())
+                config["resumed"].append(here)
+            else:
+                config = {"algo": self.script.stem, **here, "resumed": []}
+                files = [self.script, HERE / "common.py"]
+                files += [HERE / "manipulation.py"] if self.args.task.startswith(MANIPULATION) else []
+                for file in files:
+                    write_atomically(self.path / file.name, file.read_text())
+            config |= {"args": dataclasses.asdict(self.args), "dataset": self.facts}
+            write_atomically(self.path / "config.json", json.dumps(config, indent=1, default=str))
 
     def _check_config(self, script: Path) -> None:
         file = self.path / "config.json"
@@ -1267,7 +1293,11 @@ class Run:
             changed["dataset hash"] = (old["dataset"]["hash"], self.facts["hash"])
         if changed:
             text = ", ".join(f"--{name.replace('_', '-')} {was} -> {now}" for name, (was, now) in changed.items())
-            raise UserError(f"{self.path} holds a run with other flags: {text}. Give this one a --tag, or --overwrite")
+            from_0 = changed.get("online_episodes", (1,))[0] == 0  # there is no room kept for any
+            other = f"; or --offline-from {self.path} and a --tag" if from_0 else ""
+            raise UserError(
+                f"{self.path} holds a run with other flags: {text}. Give this one a --tag, or --overwrite{other}"
+            )
 
     # ---- loop ----
 
@@ -1356,7 +1386,9 @@ class Run:
     # ---- checkpoints ----
 
     def load_checkpoint(self, **objects) -> int:
-        """Restores the newest whole checkpoint into `objects` and cuts later metrics. Returns its step, 0 if none."""
+        """Begins the run, or restores the newest whole checkpoint into `objects` and cuts later metrics. Returns its
+        step, 0 if none."""
+        self._write_config()
         step = 0
         for folder in reversed(self._checkpoints()):
             if not is_whole(folder):
@@ -1408,7 +1440,8 @@ class Run:
         self.last_saved = time.monotonic()
         if self.stop_signal:
             self.bar.close()
-            print(f"stopped at step {step} with a checkpoint; the same command continues")
+            words = "the same command without --overwrite" if self.args.overwrite else "the same command"
+            print(f"stopped at step {step} with a checkpoint; {words} continues")
             raise SystemExit(128 + self.stop_signal)
 
     def save_offline(self, agent) -> None:
@@ -1506,7 +1539,8 @@ def load_run(args):
         raise UserError(f"--evaluate {path} is a run of {config['algo']}.py, not of {script.name}")
     if changed_code(script, path):
         raise UserError(
-            f"{script.name} has changed since {path}; evaluate with the copy there: python {path / script.name}"
+            f"{script.name} has changed since {path}; evaluate with the copy there: "
+            f"python {path / script.name} --evaluate {path}"
         )
     kept = {name: value for name, value in config["args"].items() if hasattr(args, name)}
     kept |= {name: getattr(args, name) for name in ("device", "precision", "eval_episodes", "evaluate")}
@@ -1554,16 +1588,18 @@ def check_donor(args, dataset: Dataset, flags: tuple[str, ...], run: Path) -> No
         pairs |= {"task": (there["task"], args.task), "action_dim": size}
         if changed := ", ".join(f"{key} {old}, here {new}" for key, (old, new) in pairs.items() if old != new):
             raise UserError(f"{flag} has {changed}")
-        if there.get("offline_from"):
+        if name == "offline_from" and there.get("offline_from"):
             raise UserError(f"{flag} had no offline phase of its own; give {there['offline_from']}")
         if name == "offline_from":
             done = (path / "offline.pt").exists()
         else:
             steps = [int(folder.name[11:]) for folder in path.glob("checkpoint-*") if is_whole(folder)]
-            done = (path / "finished.json").exists() or max(steps, default=0) >= there[phase]
+            enough = there.get(phase, math.inf)  # moto's model goes on learning to the end
+            done = (path / "finished.json").exists() or max(steps, default=-1) >= enough
         if not done:
             words = "offline phase" if name == "offline_from" else "first phase"
-            raise UserError(f"{flag} has not finished its {words} of {there[phase]} updates")
+            count = f" of {there[phase]} updates" if phase in there else ", the whole run"
+            raise UserError(f"{flag} has not finished its {words}{count}")
         if config["dataset"]["hash"] != dataset.hash:
             print(f"note: the model of {flag} was trained on other data, {config['dataset']['set']}")
 

@@ -625,6 +625,33 @@ def test_overwrite_starts_anew(train):
     assert not (run / "notes.txt").exists()
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--eval-every", 5], "names no task to evaluate in; train on it with --eval-every 0"),
+        (["--accelerate", "graph"], "--accelerate graph needs --device cuda"),
+        (["--batch-size", 0], "--batch-size 0: at least 1"),
+    ],
+)
+def test_a_wrong_flag_overwrites_nothing(flags, message, train):
+    assert train("bc", "--steps", 4) is None
+    files = [path for path in train.folder("bc").glob("**/*") if path.is_file() and path.name != ".lock"]
+    before = [path.read_bytes() for path in files]
+    error = train("bc", "--steps", 4, "--overwrite", *flags)
+    assert isinstance(error, UserError) and message in str(error)
+    assert [path.read_bytes() for path in files] == before
+
+
+def test_what_continues_a_run_that_was_begun_with_overwrite(train, capsys):
+    def stop(original, count, agent, *args):
+        if count == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(agent, *args)
+
+    ended = train("bc", "--steps", 40, "--overwrite", update=stop)
+    assert isinstance(ended, SystemExit) and "the same command without --overwrite continues" in capsys.readouterr().out
+
+
 def test_tag_and_quick_name_other_folders(train, tmp_path):
     assert train("bc", "--steps", 2) is None
     assert train("bc", "--steps", 2, "--tag", "wide", "--noise-clip", "0.5") is None
@@ -739,6 +766,42 @@ def test_tuned_and_quick_values_are_merged_and_typed_flags_win(line, alpha, batc
     args = common.parse_args(Toy, TUNED, QUICK)
     assert (args.alpha, args.batch_size, args.steps) == (alpha, batch_size, steps)
     assert sys.excepthook is common.one_line_errors
+
+
+@pytest.mark.parametrize(
+    "line, transitions",
+    [
+        ("", 20_000),
+        ("--source vd4rl", None),  # the official sets are used whole
+        ("--dataset some/path", None),
+        ("--task kitchen-mixed --dataset mixed", None),
+        ("--transitions 1000", 1000),
+    ],
+)
+def test_quick_cuts_sets_that_are_made_here(line, transitions):
+    words = ["--quick", *line.split()]
+    assert common.typed_args(bc.Args, bc.TUNED, bc.QUICK, words).transitions == transitions
+
+
+def test_a_task_without_a_name_is_tyros_error(capsys):
+    with pytest.raises(SystemExit):
+        common.typed_args(bc.Args, bc.TUNED, bc.QUICK, ["--task", "--quick"])
+    assert "--task" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--device", "gpu"], "--device gpu: auto, cpu, cuda or cuda:N"),
+        (["--seed", -1], "--seed -1: at least 0"),
+        (["--eval-every", -1], "--eval-every -1: at least 0"),
+        (["--transitions", 0], "--transitions 0: at least 1"),
+        (["--transitions", 50], "--transitions 50: a set given by its path is used whole"),
+    ],
+)
+def test_flags_out_of_range(flags, message, train, tmp_path):
+    assert message in str(train("bc", "--steps", 4, *flags))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_parse_args_resolves_folders_device_and_precision(monkeypatch, tmp_path):
