@@ -18,6 +18,7 @@ import io
 import json
 import math
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -50,7 +51,10 @@ TABLE = (*CELL, "algo", "tag", "steps", "env_steps", "data_mean", "data_score", 
          "success_late_mean", "paper_mean", "paper_std", "wall_s", "hardware", "commits", "notes")  # fmt: skip
 SCORES = ("score_last", "score_late_mean")
 MIN_SEEDS = 3  # of a row in an aggregate
-VIDEO_BYTES = 14_000_000  # of all videos in the page, before base64 adds a third
+PAGE_BYTES = 19_500_000  # of the page, its videos included
+# flags that leave the algorithm's setting as it is: they name the row, or change no more than rounding
+NEUTRAL = FREE_FLAGS | {"task", "dataset", "source", "transitions", "data_seed", "seed", "tag", "quick", "device",
+                        "precision", "accelerate", "eval_every", "eval_episodes"}  # fmt: skip
 Row = dict[str, str]
 
 
@@ -73,14 +77,16 @@ def read_run(path: Path) -> tuple[Row, str]:
     needed |= {"eval.csv": "the run was never evaluated (--eval-every 0?), so there is no score"}
     for name, meaning in needed.items():
         if not (path / name).is_file():
-            raise UserError(f"--add {path}: no {name}; {meaning}")
+            raise UserError(f"{path}: no {name}; {meaning}")
     try:
         config, finished = (json.loads((path / name).read_text()) for name in ("config.json", "finished.json"))
         curve = (path / "eval.csv").read_text()
-        return row_of(config, finished, list(csv.DictReader(io.StringIO(curve)))), curve
+        row = row_of(config, finished, list(csv.DictReader(io.StringIO(curve))))
+        curve_of(curve)
+        return row, curve
     except (KeyError, TypeError, ValueError, AttributeError, OSError, csv.Error) as error:
         problem = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise UserError(f"--add {path}: malformed ({problem}); --overwrite makes the run again") from None
+        raise UserError(f"{path}: malformed ({problem}); --overwrite makes the run again") from None
 
 
 def row_of(config: dict, finished: dict, evaluations: list[Row]) -> Row:
@@ -102,7 +108,7 @@ def row_of(config: dict, finished: dict, evaluations: list[Row]) -> Row:
             row |= {f"{name}_last": round(values[-1], 2), f"{name}_late_mean": round(late_mean(values), 2)}
     row |= {"steps": finished["steps"], "wall_s": float(finished["wall_s"])}
     row |= {name: finished.get(name) for name in ("env_steps", "episodes")}  # of runs that also collect
-    parts = [config, *config["resumed"]]  # each process that trained a part of the run
+    parts = [config, *config.get("resumed", [])]  # each process that trained a part of the run
     row |= {"command": parts[-1]["command"], "commit": " ".join(dict.fromkeys(part["commit"] for part in parts))}
     machines = " + ".join(dict.fromkeys(part["hardware"] for part in parts))
     row["hardware"] = f"{machines}, {args['precision']}, {args['accelerate']}"
@@ -126,22 +132,30 @@ def identity(row: Row) -> tuple:
     return tuple((len(row[name]), row[name]) if name == "seed" else row[name] for name in KEY)
 
 
-def curve_file(results: Path, row: Row) -> Path:
-    """results/curves/[quick/]<algo>/<task>/<set>[-vd4rl]/[<tag>-]seed<k>.csv"""
-    base = results / "curves" / ("quick" if row["quick"] == "True" else "")
+KINDS = {"curves": ".csv", "configs": ".json", "videos": ".mp4"}  # what results/ keeps of a run beside its row
+
+
+def file_of(results: Path, row: Row, kind: str = "curves") -> Path:
+    """results/<kind>/[quick/]<algo>/<task>/<set>[-vd4rl]/[<tag>-]seed<k>.<suffix>"""
+    base = results / kind / ("quick" if row["quick"] == "True" else "")
     set_name = row["dataset"] + ("-vd4rl" if row["source"] == "vd4rl" else "")
-    return base / row["algo"] / row["task"] / set_name / f"{row['tag']}{'-' * bool(row['tag'])}seed{row['seed']}.csv"
+    name = f"{row['tag']}{'-' * bool(row['tag'])}seed{row['seed']}{KINDS[kind]}"
+    return base / row["algo"] / row["task"] / set_name / name
 
 
 def add(folders: Iterable[str], results: Path) -> None:
-    runs = [read_run(Path(path)) for path in folders]  # all are whole before anything is written
+    runs = [(Path(path), *read_run(Path(path))) for path in folders]  # all are whole before anything is written
     results.mkdir(parents=True, exist_ok=True)
     with lock_file(results / ".lock", wait=f"another process is writing {results}; waiting for it"):
         rows = {identity(row): row for row in read_summary(results / "summary.csv")}
-        for row, curve in runs:
-            file, verb = curve_file(results, row), "replaced" if identity(row) in rows else "added"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, curve)
+        for folder, row, curve in runs:
+            file, verb = file_of(results, row), "replaced" if identity(row) in rows else "added"
+            args = json.loads((folder / "config.json").read_text())["args"]
+            kept = {name: value for name, value in args.items() if name not in FREE_FLAGS}
+            for kind, text in (("curves", curve), ("configs", json.dumps(kept, indent=1))):
+                file_of(results, row, kind).parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(file_of(results, row, kind), text)
+            add_video(folder / "evaluation.mp4", results, row)
             rows[identity(row)] = row
             print(f"{verb} {file}: score_last {row['score_last']}, score_late_mean {row['score_late_mean']}")
         table = io.StringIO()
@@ -149,6 +163,30 @@ def add(folders: Iterable[str], results: Path) -> None:
         writer.writeheader()
         writer.writerows(rows[key] for key in sorted(rows))
         write_atomically(results / "summary.csv", table.getvalue())
+
+
+def add_video(video: Path, results: Path, row: Row) -> None:
+    """Keeps a small copy of an evaluation's video, one of the seeds of a row."""
+    target = file_of(results, row, "videos")
+    others = set(target.parent.glob(target.name.replace(f"seed{row['seed']}", "seed*"))) - {target}
+    if not video.exists() or others:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        small_video(video, target)
+    except (OSError, subprocess.CalledProcessError, ImportError, RuntimeError) as error:
+        print(f"note: {video} was not added ({error})")
+
+
+def small_video(path: Path, target: Path) -> None:
+    """Re-encodes an evaluation's video at half its size."""
+    import imageio_ffmpeg
+
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y", "-i", path, "-vf", "scale=168:168"]
+    command += ["-c:v", "libx264", "-crf", "30", "-preset", "slow", "-pix_fmt", "yuv420p", "-movflags", "faststart"]
+    partial = target.with_suffix(".partial.mp4")
+    subprocess.run([*command, partial], check=True)
+    partial.replace(target)
 
 
 # ==== What there is ====
@@ -160,8 +198,9 @@ class Result:
 
     row: Row  # COLUMNS
     curve: list[tuple[int, float]]  # step, score of each evaluation; see curve_of
-    folder: Path | None = None
-    config: dict | None = None
+    args: dict | None = None  # its flags
+    video: Path | None = None
+    whole_video: bool = False  # video is as the run wrote it, not small_video's
 
     @property
     def name(self) -> str:
@@ -188,9 +227,12 @@ def gather(results: Path, runs: Path | None) -> tuple[list[Result], list[str]]:
 
     for row in read_summary(results / "summary.csv"):
         try:
-            add_result(Result(row, curve_of(curve_file(results, row).read_text())))
+            config, video = (file_of(results, row, kind) for kind in ("configs", "videos"))
+            args = json.loads(config.read_text()) if config.exists() else None
+            curve = curve_of(file_of(results, row).read_text())
+            add_result(Result(row, curve, args, video if video.exists() else None))
         except (OSError, KeyError, TypeError, ValueError) as error:
-            problems.append(f"{curve_file(results, row)}: {error}")
+            problems.append(f"{file_of(results, row)}: {error}")
     files = [
         file for name in ("config.json", "finished.json", "eval.csv") for file in (runs.rglob(name) if runs else ())
     ]
@@ -200,9 +242,10 @@ def gather(results: Path, runs: Path | None) -> tuple[list[Result], list[str]]:
             continue
         try:
             row, text = read_run(folder)
-            add_result(Result(row, curve_of(text), folder, json.loads((folder / "config.json").read_text())))
+            args, video = json.loads((folder / "config.json").read_text())["args"], folder / "evaluation.mp4"
+            add_result(Result(row, curve_of(text), args, video if video.exists() else None, whole_video=True))
         except UserError as error:
-            problems.append(str(error).removeprefix("--add "))
+            problems.append(str(error))
     return [found[key] for key in sorted(found)], problems
 
 
@@ -229,6 +272,33 @@ def standard_set(row: Row) -> str | None:
     return found[1] if ours else None
 
 
+def place_of(row: Row) -> tuple:
+    """Runs of two variants can be compared where this is equal: a standard set at any image size, or the same data."""
+    name = standard_set(row)
+    data = (name, row["source"], row["data_mean"]) if name else (row["dataset"], row["source"], row["data_hash"])
+    return (row["task"], *data, row["quick"])
+
+
+def flags_of(command: str) -> list[list[str]]:
+    """The words of a command: the script, then each flag with its values."""
+    found = []
+    for word in shlex.split(command):
+        if word.startswith("--") or not found:
+            found.append([word])
+        else:
+            found[-1].append(word)
+    return found
+
+
+def name_of(flag: list[str]) -> str:
+    return flag[0].removeprefix("--").partition("=")[0].replace("-", "_")
+
+
+def own_flags(row: Row) -> list[str]:
+    """What was typed that makes a run another than the algorithm's own setting."""
+    return sorted(shlex.join(flag) for flag in flags_of(row["command"])[1:] if name_of(flag) not in NEUTRAL)
+
+
 def published() -> dict[tuple, tuple[float, float]]:
     """(task, set, algo) -> mean, deviation over six seeds (V-D4RL Table 1, official data)."""
     with open(HERE / "results" / "published.csv", newline="") as file:
@@ -250,18 +320,20 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def difference(a: list[float], b: list[float]) -> tuple[float, float, float]:
-    """mean(b) - mean(a) and Welch's 95 % interval of it; nan where either is a single value."""
-    gap = statistics.fmean(b) - statistics.fmean(a)
-    if min(len(a), len(b)) < 2:
+def difference(pairs: list[tuple[list[float], list[float]]]) -> tuple[float, float, float]:
+    """Mean over the pairs (a, b) of mean(b) - mean(a), and its 95 % interval: Welch's, with Satterthwaite's degrees of
+    freedom where there are several pairs; nan where one of them is a single value."""
+    gap = statistics.fmean(statistics.fmean(b) - statistics.fmean(a) for a, b in pairs)
+    samples = [values for pair in pairs for values in pair]
+    if min(map(len, samples)) < 2:
         return gap, math.nan, math.nan
-    va, vb = (statistics.variance(values) / len(values) for values in (a, b))
-    if va + vb == 0:
+    variances = [statistics.variance(values) / len(values) / len(pairs) ** 2 for values in samples]
+    if not any(variances):
         return gap, gap, gap
     from scipy.stats import t
 
-    freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    half = float(t.ppf(0.975, freedom)) * math.sqrt(va + vb)
+    freedom = sum(variances) ** 2 / sum(v**2 / (len(values) - 1) for v, values in zip(variances, samples))
+    half = float(t.ppf(0.975, freedom)) * math.sqrt(sum(variances))
     return gap, gap - half, gap + half
 
 
@@ -283,21 +355,25 @@ def stratified_bootstrap(rows: list[list[float]], statistic, draws: int = 2000, 
 
 
 def mixed_flags(runs: list[Result]) -> bool:
-    """Whether the seeds of a group were trained with different flags, as far as their run folders are here."""
-    kept = [{name: value for name, value in run.config["args"].items() if name not in FREE_FLAGS | {"seed", "device"}}
-            for run in runs if run.config]  # fmt: skip
-    return any(one != kept[0] for one in kept)
+    """Whether the seeds of a group were trained with different flags: typed ones, and as far as their run folders are
+    here all of them."""
+    kept = [{name: value for name, value in run.args.items() if name not in FREE_FLAGS | {"seed", "device"}}
+            for run in runs if run.args]  # fmt: skip
+    typed = [(own_flags(run.row), run.row["hardware"].split(", ")[-2:-1]) for run in runs]  # hardware, precision, ...
+    return any(one != kept[0] for one in kept) or any(one != typed[0] for one in typed)
 
 
 def aggregate(groups: dict[tuple, list[Result]]) -> tuple[list[tuple], list[dict]]:
     """IQM per variant over the rows that all of them share. Returns those rows (task, set, source, mean), and dicts.
 
-    Counted are standard sets at any image size, full runs of MIN_SEEDS seeds or more with the same flags (of several
-    lengths the longest), variants without a tag. A variant with less than half as many such rows as another is left
-    out, so that an idea under way does not shrink the rest. Rows weigh by their number of seeds."""
+    Counted are standard sets at any image size, full runs of MIN_SEEDS seeds or more in the algorithm's own setting,
+    variants without a tag. A variant with less than half as many such rows as another is left out, so that an idea
+    under way does not shrink the rest. All rows of a variant weigh the same: of each count its first seeds, as many as
+    its shortest row has."""
     variants = defaultdict(dict)
-    for key, runs in sorted(groups.items(), key=lambda item: item[0][-1]):  # by length
-        row, enough = runs[0].row, len(runs) >= MIN_SEEDS and not mixed_flags(runs)
+    for key, runs in sorted(groups.items(), key=lambda item: item[0][-1]):  # by length: steps may have grown
+        row = runs[0].row
+        enough = len(runs) >= MIN_SEEDS and not mixed_flags(runs) and not own_flags(row)
         if enough and row["quick"] != "True" and not row["tag"] and standard_set(row):
             place = row["task"], standard_set(row), row["source"], row["data_mean"]
             variants[key[-2]][place] = [float(run.row["score_last"]) for run in runs]
@@ -306,7 +382,8 @@ def aggregate(groups: dict[tuple, list[Result]]) -> tuple[list[tuple], list[dict
     shared = [row for row in next(iter(variants.values()), ()) if all(row in rows for rows in variants.values())]
     found = []
     for name, by_row in variants.items() if shared else ():
-        rows = [by_row[row] for row in shared]
+        count = min(len(by_row[row]) for row in shared)
+        rows = [by_row[row][:count] for row in shared]
         low, high = stratified_bootstrap(rows, iqm)
         found.append({"name": name, "iqm": iqm(np.concatenate(rows)), "low": low, "high": high,
                       "runs": sum(map(len, rows))})  # fmt: skip
@@ -334,6 +411,7 @@ def table_row(key: tuple, runs: list[Result], paper: dict) -> dict:
     row["commits"] = " ".join(dict.fromkeys(run.row["commit"] for run in runs))
     notes = ["quick"] if row["quick"] == "True" else []
     notes += [f"{len(runs)} seed" + "s" * (len(runs) > 1)] if len(runs) < MIN_SEEDS else []
+    notes += ["own flags"] * bool(own_flags(runs[0].row))
     notes += ["uncommitted code"] * ("-dirty" in row["commits"]) + ["mixed flags"] * mixed_flags(runs)
     row["notes"] = ", ".join(notes)
     return {name: row[name] for name in TABLE}
@@ -359,8 +437,10 @@ def markdown(rows: list[tuple[dict, list[Result]]]) -> str:
     names = "command", "updates", "seeds", "data: source, score", "last score", "late mean", "paper", "wall clock"
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     for row, runs in rows:
-        words = runs[0].row["command"].replace(" --overwrite", "").removeprefix("algos/")
-        words = re.sub(r" --(seed|data-dir|runs-dir|log-every|buffer-device)[ =]\S+", "", words)
+        script, *flags = flags_of(runs[0].row["command"])
+        words = shlex.join(
+            [Path(script[0]).name, *(w for f in flags if name_of(f) not in FREE_FLAGS | {"seed"} for w in f)]
+        )
         last, late = (" ".join(score_text(row, name)) for name in SCORES)
         paper = "" if row["paper_mean"] is None else f"{row['paper_mean']:.1f} ± {row['paper_std']:.1f}"
         data = f"{row['source']}, {row['data_score']:.1f}"
@@ -408,92 +488,98 @@ def fill_docs(results: Path, pages: list[Path]) -> dict[Path, str]:
     return texts
 
 
+def runs_of(name: str, groups: dict[tuple, list[Result]]) -> dict[tuple, dict[int, list[Result]]]:
+    """A variant's runs: place_of -> steps -> its seeds."""
+    found = defaultdict(dict)
+    for key, runs in groups.items():
+        if key[-2] == name:
+            found[place_of(runs[0].row)].setdefault(key[-1], runs)
+    if not found:
+        known = ", ".join(sorted({key[-2] for key in groups})) or "none"
+        raise UserError(f"--compare {name}: no finished run; there are {known}")
+    return found
+
+
 def compare(names: tuple[str, ...], runs: list[Result]) -> str:
     """Two variants on the rows they share, and the interval of their difference (second minus first)."""
     if len(names) != 2:
         raise UserError("--compare A B: two variants, ALGO or ALGO:TAG")
-    cells = [defaultdict(dict), defaultdict(dict)]  # of each: CELL -> steps -> seeds
     groups = groups_of(runs)
-    for i, name in enumerate(names):
-        for key, found in groups.items():
-            if key[-2] == name:
-                cells[i][key[:-2]][key[-1]] = found
-        if not cells[i]:
-            known = ", ".join(sorted({key[-2] for key in groups})) or "none"
-            raise UserError(f"--compare {name}: no finished run; there are {known}")
-    shared = sorted(cells[0].keys() & cells[1].keys(), key=order)
-    lines = [] if shared else ["no row in common: task, set, source, data and quick must be equal"]
-    for score, what in zip(SCORES, ("last score", "mean of the late evaluations")) if shared else ():
+    one, two = (runs_of(name, groups) for name in names)
+    lines, rows = [], []  # rows: title, both groups, whether it counts in the mean
+    for place in sorted(one.keys() & two.keys(), key=order):
+        both = one[place].keys() & two[place].keys()  # the longest runs of equal length, if there are any
+        steps = [max(both or variant[place]) for variant in (one, two)]
+        a, b = one[place][steps[0]], two[place][steps[1]]
+        lengths = " and ".join(dict.fromkeys(f"{length:,}" for length in steps))
+        title = f"{' '.join(place[:3])} {lengths} steps" + " quick" * (place[4] == "True")
+        whole = place[4] != "True" and min(len(a), len(b)) >= MIN_SEEDS and bool(both)
+        rows.append((title, a, b, whole and not mixed_flags(a) and not mixed_flags(b)))
+    for score, what in zip(SCORES, ("last score", "mean of the late evaluations")) if rows else ():
         lines += ["", f"{what}: mean over seeds (their number), difference with its 95 % interval"]
         lines += [f"{'':52}{names[0]:>20}{names[1]:>20}   difference"]
-        gaps = []
-        for cell in shared:
-            both = cells[0][cell].keys() & cells[1][cell].keys()  # the longest runs of equal length, if there are any
-            steps = [max(both or one[cell]) for one in cells]
-            a, b = ([float(run.row[score]) for run in one[cell][length]] for one, length in zip(cells, steps))
-            lengths = dict.fromkeys(f"{length:,}" for length in steps)
-            title = " ".join(cell[:3]) + f" {' and '.join(lengths)} steps" + " quick" * (cell[4] == "True")
-            means = [f"{statistics.fmean(values):.1f} ({len(values)})" for values in (a, b)]
-            gap, low, high = difference(a, b)
-            if cell[4] != "True" and min(len(a), len(b)) >= MIN_SEEDS:
-                gaps.append(gap)
+        pairs = [[[float(run.row[score]) for run in group] for group in row[1:3]] for row in rows]
+        for (title, *_), pair in zip(rows, pairs):
+            means = [f"{statistics.fmean(values):.1f} ({len(values)})" for values in pair]
+            gap, low, high = difference([pair])
             lines.append(f"{title:52}{means[0]:>20}{means[1]:>20}   {gap:+.1f}" + bracket(low, high, "+"))
-        if len(gaps) > 1:
-            title = f"mean of the {len(gaps)} full rows of {MIN_SEEDS} or more seeds"
-            lines.append(f"{title:92}   {statistics.fmean(gaps):+.1f}")
-    for name, one, other in ((names[0], *cells), (names[1], *cells[::-1])):
-        lines += [f"only {name}: {' '.join(cell[:3])}, data {cell[3]}" for cell in one if cell not in other]
+        counted = [pair for pair, row in zip(pairs, rows) if row[3]]
+        if len(counted) > 1:
+            title = f"mean of the {len(counted)} full rows of {MIN_SEEDS} or more seeds and equal length"
+            gap, low, high = difference(counted)
+            lines.append(f"{title:92}   {gap:+.1f}" + bracket(low, high, "+"))
+    lines += [] if rows else ["no row in common: task, set, source, data and quick must be equal"]
+    for name, mine, other in ((names[0], one, two), (names[1], two, one)):
+        lines += [f"only {name}: {' '.join(place[:3])}, data {place[3]}" for place in mine if place not in other]
     return "\n".join(lines).strip()
 
 
 # ==== Page ====
 
 
-def small_video(path: Path, cache: Path) -> bytes:
-    """An evaluation video at half its size, re-encoded once."""
-    import imageio_ffmpeg
-
-    name = hashlib.sha256(f"{path.resolve()} {path.stat().st_mtime_ns}".encode()).hexdigest()[:16]
-    target = cache / f"{name}.mp4"
-    if not target.exists():
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y", "-i", path, "-vf", "scale=168:168"]
-        command += ["-c:v", "libx264", "-crf", "30", "-preset", "slow", "-pix_fmt", "yuv420p", "-movflags", "faststart"]
-        partial = target.with_suffix(".partial.mp4")
-        subprocess.run([*command, partial], check=True)
-        partial.replace(target)
-    return target.read_bytes()
-
-
 def page_data(groups: dict, problems: list[str], paper: dict, out: Path) -> dict:
     """What report.html shows, as JSON."""
     shared, methods = aggregate(groups)
-    rows, used = [], 0
+    rows = []
     for key, runs in groups.items():
-        row = table_row(key, runs, paper) | {"name": key[-2], "cell": " ".join(key[:-2]), "video": None}
+        row = table_row(key, runs, paper) | {"name": key[-2], "video": None}
+        row["set"] = standard_set(runs[0].row) or row["dataset"]
+        row["cell"] = " ".join(place_of(runs[0].row)) + " online" * bool(row["env_steps"])
         parts = {name: score_text(row, name) for name in SCORES}
         row["text"] = {name: [first, " ".join(rest)] for name, (first, *rest) in parts.items()}
-        row["runs"] = [run.row | {"curve": run.curve, "config": run.config and run.config["args"]} for run in runs]
-        for run in runs:
-            if run.folder and (run.folder / "evaluation.mp4").exists() and not row["video"]:
-                try:
-                    video = small_video(run.folder / "evaluation.mp4", out / "videos")
-                except (OSError, subprocess.CalledProcessError, ImportError, RuntimeError) as error:
-                    problems.append(f"{run.folder / 'evaluation.mp4'}: {error}")
-                    continue
-                if used + len(video) > VIDEO_BYTES:
-                    problems.append(f"{run.folder / 'evaluation.mp4'}: left out, the page would exceed 20 MB")
-                    break
-                used += len(video)
-                row["video"] = "data:video/mp4;base64," + base64.b64encode(video).decode()
-                row["video_of"] = f"seed {run.row['seed']}"
+        row["runs"] = [run.row | {"curve": run.curve, "config": run.args} for run in runs]
         rows.append(row)
-    return {
+    data = {
         "rows": rows,
         "methods": methods,
         "shared": [" ".join(row[:3]) for row in shared],
         "problems": problems,
         "min_seeds": MIN_SEEDS,
     }
+    room = PAGE_BYTES - len(json.dumps(data))
+    for row, runs in zip(rows, groups.values()):
+        for run in (run for run in runs if run.video and not row["video"]):
+            try:
+                video = base64.b64encode(video_of(run, out / "videos")).decode()
+            except (OSError, subprocess.CalledProcessError, ImportError, RuntimeError) as error:
+                problems.append(f"{run.video}: {error}")
+                continue
+            if len(video) > room:
+                problems.append(f"{run.video}: left out, the page would exceed 20 MB")
+                break
+            room -= len(video)
+            row |= {"video": f"data:video/mp4;base64,{video}", "video_of": f"seed {run.row['seed']}"}
+    return data
+
+
+def video_of(run: Result, cache: Path) -> bytes:
+    """A run's video as the page shows it, re-encoded once."""
+    if not run.whole_video:
+        return run.video.read_bytes()
+    name = hashlib.sha256(f"{run.video.resolve()} {run.video.stat().st_mtime_ns}".encode()).hexdigest()[:16]
+    if not (cache / f"{name}.mp4").exists():
+        small_video(run.video, cache / f"{name}.mp4")
+    return (cache / f"{name}.mp4").read_bytes()
 
 
 def plot_curves(groups: dict, paper: dict, out: Path) -> list[Path]:

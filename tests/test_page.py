@@ -54,11 +54,20 @@ def test_students_interval():
 
 def test_welchs_interval():
     """Variances 4 / 3 and 16 / 3 of the means: 6.67 together, 2.94 degrees of freedom, t(0.975, 2.94) = 3.22."""
-    gap, low, high = report.difference([10.0, 12.0, 14.0], [20.0, 24.0, 28.0])
+    gap, low, high = report.difference([([10.0, 12.0, 14.0], [20.0, 24.0, 28.0])])
     assert gap == 12.0
     assert high - gap == pytest.approx(gap - low) == pytest.approx(3.22 * math.sqrt(20 / 3), rel=2e-3)
-    assert math.isnan(report.difference([1.0], [2.0, 3.0])[1])
-    assert report.difference([1.0, 1.0], [2.0, 2.0]) == (1.0, 1.0, 1.0)
+    assert math.isnan(report.difference([([1.0], [2.0, 3.0])])[1])
+    assert report.difference([([1.0, 1.0], [2.0, 2.0])]) == (1.0, 1.0, 1.0)
+
+
+def test_interval_of_a_mean_of_differences():
+    """Two pairs: the variances above add up to 40 / 3, a quarter of it is the mean's; twice the degrees of freedom,
+    5.88: t(0.975, 5.88) = 2.459."""
+    pair = [10.0, 12.0, 14.0], [20.0, 24.0, 28.0]
+    gap, low, high = report.difference([pair, ([v + 50 for v in pair[0]], [v + 54 for v in pair[1]])])
+    assert gap == 14.0
+    assert high - gap == pytest.approx(gap - low) == pytest.approx(2.459 * math.sqrt(10 / 3), rel=2e-3)
 
 
 def test_iqm_is_the_mean_of_the_middle_half():
@@ -181,6 +190,26 @@ def test_ideas_under_way_and_tags_do_not_shrink_the_aggregate(folders):
     assert [(method["name"], method["iqm"]) for method in methods] == [("bc", 20), ("lompo", 50)]
 
 
+def test_rows_weigh_the_same_whatever_their_seeds(folders):
+    for algo, counts in (("bc", (6, 3)), ("drq_bc", (3, 6))):
+        for task, score, count in zip(("walker-walk", "cheetah-run"), (80, 20), counts):
+            write_seeds(folders, [score] * count, algo=algo, task=task)
+    assert [(method["iqm"], method["runs"]) for method in aggregate_of(folders)[1]] == [(50, 6), (50, 6)]
+
+
+def test_runs_with_flags_of_their_own_are_marked_and_not_aggregated(folders):
+    write_seeds(folders, [10, 20, 30], command="algos/bc.py --seed 0 --lr 0.1 --no-bc-noise --runs-dir 'a b'")
+    assert "own flags" in table(folders)[0]["notes"]
+    assert aggregate_of(folders) == ([], [])
+
+
+def test_seeds_whose_commands_differ_are_marked_without_their_folders(folders):
+    for seed, words in enumerate(("", " --lr 0.1", "")):
+        run = write_run(folders / "elsewhere" / str(seed), seed=seed, command=f"algos/drq_bc.py{words} --seed {seed}")
+        report.main(report.Args(add=(str(run),), results_dir=str(folders / "results")))
+    assert "mixed flags" in table(folders)[0]["notes"]
+
+
 def test_no_aggregate_without_enough_seeds(folders):
     write_seeds(folders, [10, 20])
     assert aggregate_of(folders) == ([], [])
@@ -209,7 +238,22 @@ def test_compare_takes_equal_lengths_where_there_are_some(folders, capsys):
     flags = {"results_dir": str(folders / "results"), "runs_dir": str(folders / "runs")}
     report.main(report.Args(compare=("drq_bc", "my_idea"), **flags))
     row = " ".join(capsys.readouterr().out.splitlines()[2].split())
-    assert row == "walker-walk medium-84px made 300 steps 10.0 (3) 20.0 (3) +10.0 [+10.0, +10.0]"
+    assert row == "walker-walk medium made 300 steps 10.0 (3) 20.0 (3) +10.0 [+10.0, +10.0]"
+
+
+def test_compare_over_image_sizes_and_over_rows(folders, capsys):
+    for task, base in (("walker-walk", 10), ("cheetah-run", 20)):
+        write_seeds(folders, [base, base + 2, base + 4], task=task)
+        write_seeds(folders, [base + 10, base + 14, base + 18], algo="lompo", task=task, dataset="medium-64px",
+                    data_hash="f" * 16)  # fmt: skip
+    write_seeds(folders, [10, 10, 10], task="humanoid-walk")
+    write_seeds(folders, [90, 90, 90], algo="lompo", task="humanoid-walk", extra=(1.0,))  # of another length
+    flags = {"results_dir": str(folders / "results"), "runs_dir": str(folders / "runs")}
+    report.main(report.Args(compare=("drq_bc", "lompo"), **flags))
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[2] == "walker-walk medium made 300 steps 12.0 (3) 24.0 (3) +12.0 [+3.7, +20.3]"
+    assert lines[4].startswith("humanoid-walk medium made 300 and 400 steps 10.0 (3) 90.0 (3)")
+    assert lines[5] == "mean of the 2 full rows of 3 or more seeds and equal length +12.0 [+7.5, +16.5]"
 
 
 # ---- --compare and --docs ----
@@ -224,7 +268,7 @@ def test_compare(folders, capsys):
     report.main(args)
     lines = capsys.readouterr().out.splitlines()
     row = " ".join(lines[2].split())
-    assert row == "walker-walk medium-84px made 300 steps 12.0 (3) 24.0 (3) +12.0 [+3.7, +20.3]"
+    assert row == "walker-walk medium made 300 steps 12.0 (3) 24.0 (3) +12.0 [+3.7, +20.3]"
     args.compare = ("my_idea", "my_idea:b")
     report.main(args)
     assert capsys.readouterr().out.startswith("no row in common")
@@ -325,10 +369,10 @@ def test_the_page_in_a_browser(folders, browser):
 
     assert choose("task", "cheetah-run") == (2, 1)
     assert choose("algo", "bc") == (1, 1)
-    assert choose("dataset", "medium-84px") == (0, 0)
+    assert choose("set", "medium") == (0, 0)
     assert browser.execute_script("return !document.getElementById('none').hidden")
     assert choose("task", "") == (1, 1)
-    assert [choose(name, "") for name in ("algo", "dataset")][-1] == (5, 3)
+    assert [choose(name, "") for name in ("algo", "set")][-1] == (5, 3)
     browser.execute_script("document.querySelector('[name=quick]').click()")
     assert len(texts(browser, "#table tbody tr")) == 4
     browser.execute_script("""
@@ -353,9 +397,9 @@ def test_videos_are_left_out_where_the_page_would_grow_too_large(folders, monkey
     for seed, algo in enumerate(("bc", "cql", "drq_bc")):
         save_video(write_run(folders / "runs" / algo, algo=algo, seed=seed) / "evaluation.mp4", frames)
     table(folders)
-    size = {path.stat().st_size for path in (folders / "report" / "videos").glob("*.mp4")}
-    assert len(size) == 1  # the same frames
-    monkeypatch.setattr(report, "VIDEO_BYTES", 2 * size.pop())
+    whole = (folders / "report" / "index.html").stat().st_size
+    template = (ROOT / "benchmarks" / "report.html").stat().st_size
+    monkeypatch.setattr(report, "PAGE_BYTES", whole - template - 500)  # room for two of them
     table(folders)
     assert (folders / "report" / "index.html").read_text().count("data:video/mp4") == 2
     assert capsys.readouterr().out.count("evaluation.mp4: left out, the page would exceed 20 MB") == 1

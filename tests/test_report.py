@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import common
 import report
-from common import UserError
+from common import UserError, save_video
 
 ROOT = Path(__file__).resolve().parents[1]
 STYLE = ("algo, task, dataset, source, data_hash, data_mean, render, tag, seed, steps, quick, score_last, "
@@ -20,14 +21,15 @@ STYLE = ("algo, task, dataset, source, data_hash, data_mean, render, tag, seed, 
 
 
 def write_run(path: Path, scores=(10.0, 80.0, 20.0, 30.0), success=None, finished=None, source="made", algo="drq_bc",
-              dataset="medium-84px", data_hash="0123456789abcdef", **args) -> Path:  # fmt: skip
+              dataset="medium-84px", data_hash="0123456789abcdef", command='algos/drq_bc.py --tag "a, b"',
+              **args) -> Path:  # fmt: skip
     """A finished run folder as common.Run leaves it, evaluated every 100 steps."""
     args = {"task": "walker-walk", "tag": "", "seed": 0, "quick": False} | args
     facts = {"set": dataset, "source": source, "hash": data_hash, "mean_return": 441.2345}
     args |= {"precision": "bf16", "accelerate": "eager"}
     config = {"algo": algo, "args": args, "dataset": facts | {"render": "fast"}, "commit": "abc-dirty", "resumed": []}
     config |= {"versions": {"torch": "2.13.0", "numpy": "2.3.5"}, "hardware": "2 cores of X, Y"}
-    config |= {"command": 'algos/drq_bc.py --tag "a, b"'}
+    config |= {"command": command}
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))
     steps = [100 * (i + 1) for i in range(len(scores))]
@@ -66,9 +68,32 @@ def test_row_and_curve(tmp_path):
         "versions": "torch 2.13.0; numpy 2.3.5", "commit": "abc-dirty", "command": 'algos/drq_bc.py --tag "a, b"',
     }  # fmt: skip
     assert (tmp_path / "results/summary.csv").read_text().splitlines()[0] == STYLE.replace(" ", "")
-    curve = "curves/drq_bc/walker-walk/medium-84px/seed0.csv"
-    assert set(files(tmp_path / "results")) == {"summary.csv", curve}  # nothing temporary is left
+    place = "drq_bc/walker-walk/medium-84px/seed0"
+    curve, config = f"curves/{place}.csv", f"configs/{place}.json"
+    assert set(files(tmp_path / "results")) == {"summary.csv", curve, config}  # nothing temporary is left
+    assert json.loads((tmp_path / "results" / config).read_text())["precision"] == "bf16"
     assert (tmp_path / "results" / curve).read_bytes() == (run / "eval.csv").read_bytes()
+
+
+def test_paths_of_a_machine_stay_out_and_one_seed_keeps_its_video(tmp_path):
+    runs = [write_run(tmp_path / f"s{seed}", seed=seed, data_dir="/home/me/data") for seed in range(2)]
+    for run in runs:
+        save_video(run / "evaluation.mp4", [np.zeros((3, 84, 84), np.uint8)] * 3)
+    add(tmp_path / "results", *runs)
+    add(tmp_path / "results", *runs)
+    assert not any(b"/home/me" in content for content in files(tmp_path / "results").values())
+    assert [path.name for path in (tmp_path / "results" / "videos").rglob("*.mp4")] == ["seed0.mp4"]
+    found, problems = report.gather(tmp_path / "results", None)
+    assert problems == [] and [bool(run.video) for run in found] == [True, False]
+    assert [run.args["seed"] for run in found] == [0, 1]  # configurations are in results/, too
+
+
+def test_runs_of_before_the_list_of_resumes(tmp_path):
+    run = write_run(tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    del config["resumed"]
+    (run / "config.json").write_text(json.dumps(config))
+    assert add(tmp_path / "results", run)[0]["commit"] == "abc-dirty"
 
 
 def test_runs_that_collect(tmp_path):
@@ -126,7 +151,8 @@ def test_paths_of_curves(tmp_path):
         write_run(tmp_path / "d", quick=True, source="vd4rl", tag="x"),
     ]
     assert len(add(tmp_path / "results", *runs)) == 4
-    assert {path.removeprefix("curves/") for path in files(tmp_path / "results")} == {
+    found = (path for path in files(tmp_path / "results") if not path.startswith("configs/"))
+    assert {path.removeprefix("curves/") for path in found} == {
         "summary.csv",
         "quick/drq_bc/walker-walk/medium-84px/seed0.csv",
         "drq_bc/walker-walk/medium-84px-vd4rl/seed0.csv",
@@ -166,6 +192,14 @@ def edit_eval(old: str, new: str):
     return lambda run: (run / "eval.csv").write_text((run / "eval.csv").read_text().replace(old, new))
 
 
+def add_column(name: str, value: str):
+    def damage(run):
+        header, *lines = (run / "eval.csv").read_text().splitlines()
+        (run / "eval.csv").write_text("\n".join([f"{header},{name}", *(f"{line},{value}" for line in lines)]) + "\n")
+
+    return damage
+
+
 BROKEN = {
     "no folder": (lambda run: [file.unlink() for file in run.iterdir()], "no config.json"),
     "unfinished": (lambda run: (run / "finished.json").unlink(), "not finished"),
@@ -180,6 +214,8 @@ BROKEN = {
     "short row": (edit_eval(",199.0,201.0", ""), "as long as its header"),
     "last evaluation lost": (edit_eval("400,40.0,30.0,299.0,301.0\n", ""), "end with the run's last, 400"),
     "rows out of order": (edit_eval("\n200,", "\n50,"), "steps must rise"),
+    "no number of steps": (edit_eval("step,", "env_steps,step,"), "as long as its header"),
+    "steps that are no number": (add_column("env_steps", "4000.0"), "4000.0"),
     "binary": (lambda run: (run / "eval.csv").write_bytes(b"\xff\xfe\x00"), "malformed"),
 }
 
@@ -222,7 +258,7 @@ def test_command_line(tmp_path):
     assert done.returncode == 0 and done.stdout.count("added") == 2, done.stderr
     (runs[0] / "finished.json").unlink()
     failed = run_script("report.py", "--add", runs[0], "--results-dir", tmp_path / "results")
-    assert failed.returncode == 1 and failed.stderr.startswith("error: --add") and failed.stderr.count("\n") == 1
+    assert failed.returncode == 1 and failed.stderr.startswith(f"error: {runs[0]}") and failed.stderr.count("\n") == 1
     assert len(read(tmp_path / "results")) == 2
 
 
