@@ -16,6 +16,7 @@ row like any other."""
 import collections
 import contextlib
 import dataclasses
+import fcntl
 import importlib.util
 import itertools
 import json
@@ -40,6 +41,7 @@ from common import (  # noqa: E402
     FREE_FLAGS,
     NAMED_SETS,
     STANDARD_SETS,
+    Dataset,
     UserError,
     changed_code,
     collect_flags,
@@ -79,7 +81,7 @@ class Row:
     data: str  # folder of the set
     make: str  # the command that makes the set; empty where it is there
     command: str  # from the repository's root
-    state: str  # new; "step N" where a checkpoint is; finished; "impossible: why"
+    state: str  # new; "step N" where a checkpoint is; running; finished; "impossible: why"
     standard: bool  # the set is one of NAMED_SETS, not one's own
 
     @property
@@ -96,8 +98,15 @@ class Row:
 
 
 def list_rows(args: Args, extra: list[str]) -> list[Row]:
-    algos = args.algos or ",".join(sorted(file.stem for file in (ROOT / "algos").glob("*.py")))
-    modules = {algo: load(algo) for algo in algos.split(",")}
+    if args.algos:
+        modules = {algo: load(algo) for algo in args.algos.split(",")}
+    else:
+        modules = {}
+        for algo in sorted(file.stem for file in (ROOT / "algos").glob("*.py")):
+            try:
+                modules[algo] = load(algo)
+            except UserError as error:
+                print(f"# left out: {error}")
     seeds = range(int(args.seeds)) if args.seeds.isdigit() else [int(seed) for seed in args.seeds.split(",")]
     found = {}
     for task, dataset, (algo, module) in itertools.product(
@@ -116,7 +125,12 @@ def load(algo: str):
     name = f"algos_{algo}"  # dataclasses look their module up by its name
     spec = importlib.util.spec_from_file_location(name, script)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a script under way may raise
+        raise UserError(f"algos/{algo}.py cannot be imported ({type(error).__name__}: {error})") from None
+    if missing := [part for part in ("Args", "TUNED", "QUICK") if not hasattr(module, part)]:
+        raise UserError(f"algos/{algo}.py is no algorithm: it has no {', '.join(missing)}")
     return module
 
 
@@ -127,10 +141,10 @@ def rows_of(algo: str, module, task: str, dataset: str, seeds, extra: list[str])
     args = typed_args(module.Args, module.TUNED, module.QUICK, [*words, *extra])
     make, problem, source = "", "", args.source
     if standard:
-        size = re.search(r"open_dataset\(args, size=(\d+)", script.read_text())
-        if not size:
+        size = re.search(r"open_dataset\(args, size=(\w+)", script.read_text())
+        size = size and (int(size[1]) if size[1].isdigit() else getattr(module, size[1], None))
+        if not isinstance(size, int):
             raise UserError(f"algos/{algo}.py has no open_dataset(args, size=N) to read the size of its images from")
-        size = int(size[1])
         folder = set_folder(args.data_dir, source, task, dataset, size, args.transitions, args.data_seed).absolute()
         if not (folder / "meta.json").exists():
             make, problem = how_to_make(args, size, folder)
@@ -139,10 +153,11 @@ def rows_of(algo: str, module, task: str, dataset: str, seeds, extra: list[str])
         meta = read_meta(folder)
         meta = read_meta(folder / meta["parts"][0]) if "parts" in meta else meta
         args.task, source = meta["task"], meta["source"]
+    data_hash = Dataset(folder).hash if (folder / "meta.json").exists() else None
     for seed in seeds:
         args.seed = seed
         run = run_folder(args, algo, folder.name, source).absolute()
-        state = state_of(run, args, script)
+        state = state_of(run, args, script, data_hash)
         state = f"impossible: {problem}" if problem and state != "finished" else state
         command = shlex.join(["python", f"algos/{algo}.py", *words, "--seed", str(seed), *extra])
         yield Row(str(run), str(folder), make, command, state, standard)
@@ -167,17 +182,31 @@ def how_to_make(args, size: int, folder: Path) -> tuple[str, str]:
     return shlex.join(["python", "data/collect.py", *collect_flags(args, size)]), ""
 
 
-def state_of(run: Path, args, script: Path) -> str:
-    """What cannot be read, or was finished with other flags or another script, is "new": its command says why."""
+def state_of(run: Path, args, script: Path, data_hash: str | None) -> str:
+    """What cannot be read, or was finished with other flags, data or another script, is "new": its command says why."""
+    if in_use(run):
+        return "running"
     if (run / "finished.json").exists():
         with contextlib.suppress(OSError, ValueError, KeyError, SyntaxError):
-            had = json.loads((run / "config.json").read_text())["args"]
+            config = json.loads((run / "config.json").read_text())
+            had = config["args"]
             asked = {name: value for name, value in vars(args).items() if value not in (None, "auto")}
             same = all(had.get(name) == value for name, value in asked.items() if name not in FREE_FLAGS)
+            same &= data_hash in (None, config["dataset"]["hash"])
             return "finished" if same and not changed_code(script, run) else "new"
         return "new"
     steps = [int(path.name[11:]) for path in run.glob("checkpoint-*") if path.name[11:].isdigit()]
     return f"step {max(steps)}" if steps else "new"
+
+
+def in_use(run: Path) -> bool:
+    """Whether a process trains in this folder: it holds the lock."""
+    with contextlib.suppress(FileNotFoundError), open(run / ".lock") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 # ==== One row ====
@@ -292,6 +321,8 @@ def here(command: str) -> str:
 
 
 def submit(rows: list[Row], args: Args) -> None:
+    if waiting := queued():
+        print(f"note: array {waiting} is in the queue; a row that is in both ends at once in the later one, as in use")
     logs = ROOT / "runs" / "slurm"
     logs.mkdir(parents=True, exist_ok=True)
     head = f"#!/usr/bin/env bash\ncd {shlex.quote(str(ROOT))}\n"
@@ -309,6 +340,14 @@ def submit(rows: list[Row], args: Args) -> None:
     job = sbatch(head + body, flags, args)
     print(f"array {job}: {len(rows)} runs. squeue shows them; {logs}/{job}_*.log and sacct say how they ended; the "
           "same command submits what is not finished once more")  # fmt: skip
+
+
+def queued() -> str:
+    """The user's arrays that Slurm has not finished, separated by commas."""
+    words = ["squeue", "--me", "--name=cleanpixels", "--noheader", "--format=%A"]
+    with contextlib.suppress(OSError):
+        return ",".join(sorted(set(subprocess.run(words, capture_output=True, text=True).stdout.split())))
+    return ""
 
 
 def sbatch(script: str, flags: list[str], args: Args) -> str:
@@ -448,7 +487,8 @@ def main(args: Args, extra: list[str]) -> int:
         return 0
     before = sum(row.state == "finished" for row in rows)
     skipped = [f"{row.command}: {row.problem}" for row in rows if row.problem]
-    todo = [row for row in rows if row.state != "finished" and not row.problem]
+    skipped += [f"{row.command}: another process runs it" for row in rows if row.state == "running"]
+    todo = [row for row in rows if row.state not in ("finished", "running") and not row.problem]
     if not args.slurm:
         return run_here(todo, before, skipped, args)
     for reason in skipped:
@@ -464,8 +504,8 @@ if __name__ == "__main__":
 
     sys.excepthook = one_line_errors
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    typed = (
-        "\0".join(sys.argv[1:cut]).replace("--slurm-args\0", "--slurm-args=").split("\0")
-    )  # its value begins with --
-    typed = typed if typed != [""] else []
+    typed = sys.argv[1:cut]
+    if "--slurm-args" in typed[:-1]:  # its value begins with --
+        at = typed.index("--slurm-args")
+        typed[at : at + 2] = [f"--slurm-args={typed[at + 1]}"]
     sys.exit(main(tyro.cli(Args, args=typed, prog="benchmark.sh", description=__doc__), sys.argv[cut + 1 :]))

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import bc
 import pytest
 from conftest import ENVIRONMENT, ROOT, write_set
 
@@ -109,6 +110,43 @@ def test_mistakes_are_one_line(repo, words, message):
     result = benchmark(repo, "--algos", "bc", *words) if words[0] != "--algos" else benchmark(repo, *words)
     assert result.returncode == 1
     assert message in result.stdout and result.stdout.startswith("error: ") and result.stdout.count("\n") == 1
+
+
+def test_files_that_are_no_algorithm(repo, tmp_path):
+    """They leave the rest of the table as it is; asked for by name they are an error."""
+    other = tmp_path / "repo"
+    shutil.copytree(repo, other)
+    (other / "algos" / "helper.py").write_text("def half(x):\n    return x / 2\n")
+    (other / "algos" / "broken.py").write_text("import nothing_of_this_name\n")
+    text = (other / "algos" / "bc.py").read_text()
+    assert text.count("open_dataset(args, size=84)") == 1
+    (other / "algos" / "named.py").write_text(text.replace("size=84)", "size=PIXELS)") + "\nPIXELS = 84\n")
+    words = ["--dry-run", "--tasks", "walker-walk", "--datasets", "random", "--seeds", 1]
+    lines = benchmark(other, *words).stdout.splitlines()
+    assert "# left out: algos/helper.py is no algorithm: it has no Args, TUNED, QUICK" in lines
+    assert any(line.startswith("# left out: algos/broken.py cannot be imported (ModuleNotFoundError") for line in lines)
+    assert "python algos/named.py --task walker-walk --dataset random --seed 0" in lines
+    result = benchmark(other, "--algos", "helper", *words)
+    assert result.returncode == 1 and result.stdout.startswith("error: algos/helper.py is no algorithm")
+
+
+def test_what_runs_and_what_has_other_data_is_told_apart(repo, tiny_set, tmp_path):
+    words = ["--algos", "bc", "--datasets", tiny_set, "--seeds", 1, "--runs-dir", tmp_path / "runs", "--dry-run"]
+    run = tmp_path / "runs" / "bc" / "walker-walk" / tiny_set.name / "seed0"
+    run.mkdir(parents=True)
+    with common.lock_file(run / ".lock"):
+        assert benchmark(repo, *words).stdout.strip().endswith("# running")
+        done = benchmark(repo, *words[:-1])
+        assert "skipped python algos/bc.py" in done.stdout and "another process runs it" in done.stdout
+    args = common.typed_args(bc.Args, bc.TUNED, bc.QUICK, ["--dataset", str(tiny_set), "--seed", "0"])
+    args.task = "walker-walk"
+    data = common.Dataset(tiny_set).facts()
+    for text, state in ((data, "  # finished"), (data | {"hash": "of another set"}, "")):
+        (run / "config.json").write_text(json.dumps({"args": vars(args), "dataset": text}))
+        (run / "finished.json").write_text("{}")
+        shutil.copy(ROOT / "algos" / "bc.py", run)
+        line = benchmark(repo, *words).stdout.strip()
+        assert line.partition("my runs")[0].endswith(f"{tmp_path / 'runs'}{state}"), line
 
 
 def test_from_another_folder(repo, tiny_set, tmp_path):
