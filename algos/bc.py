@@ -111,7 +111,7 @@ class Encoder(nn.Module):
 
 
 class LastLayer(nn.Linear):
-    """Linear, in float32 also under autocast: bf16 would round an action to 0.004 and a value of 100 to 0.5.
+    """Linear, in float32 also under autocast: bf16 tells actions near 1 apart by 0.004, values near 100 by 0.5.
 
     Every head that gives an action or a value ends in one."""
 

@@ -121,7 +121,7 @@ class Encoder(nn.Module):
 
 
 class LastLayer(nn.Linear):
-    """Linear, in float32 also under autocast: bf16 would round an action to 0.004 and a value of 100 to 0.5.
+    """Linear, in float32 also under autocast: bf16 tells actions near 1 apart by 0.004, values near 100 by 0.5.
 
     Every head that gives an action or a value ends in one."""
 
@@ -260,7 +260,8 @@ class Agent(nn.Module):
     def update(self, batch: Batch, noise_std: Tensor) -> Metrics:
         """One gradient step of critic and encoder, one of the actor, one Polyak step of the target.
 
-        Two blocks of autocast: it keeps its casts of the weights until a block ends, those of the old critic too."""
+        Two blocks of autocast: it caches the weights it has cast until a block ends, so in a single one the actor's
+        loss would see the critic from before its step."""
         with torch.autocast(batch.obs.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             critic_loss, embed, critic_metrics = self.critic_loss(batch, noise_std)
         self.minimize("critic", critic_loss)

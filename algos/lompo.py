@@ -136,7 +136,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 class LastLayer(nn.Linear):
-    """Linear, in float32 also under autocast: bf16 would round an action to 0.004 and a value of 100 to 0.5.
+    """Linear, in float32 also under autocast: bf16 tells actions near 1 apart by 0.004, values near 100 by 0.5.
 
     Every head that gives an action or a value ends in one."""
 
@@ -198,7 +198,8 @@ class Decoder(nn.Module):
 class Priors(nn.Module):
     """The ensemble: N networks of two layers from the recurrent state to the distribution of the stochastic one.
 
-    Their weights lie in one tensor each, so that those not drawn get zero gradients and decay, as in TensorFlow."""
+    A weight of all N is one tensor, so that a member not drawn still has a gradient, of zero: its moments and the
+    decay go on, as in TensorFlow."""
 
     def __init__(self, ensemble: int, deter: int, hidden: int, outputs: int):
         super().__init__()
@@ -638,7 +639,8 @@ class Agent(nn.Module):
     # ---- both ----
 
     def minimize(self, name: str, loss: Tensor) -> Tensor:
-        """One step of an optimiser on its own parameters; no gradient is computed for others. -> its norm ()."""
+        """One step of an optimiser on its own parameters; no gradient is computed for others. Returns the
+        gradient's norm before the clip, ()."""
         optimizer = self.optimizers[name]
         for parameter in optimizer.params:
             parameter.grad = None

@@ -6,10 +6,11 @@ one episode in the environment, some updates, the next episode. No code of the a
     rollout from every state of the windows H steps under the actor; r^t on arrival, less penalty_coef * u
     values  V0^t = min_i Q_i(s^t, a^t), a^t ~ pi;  V^t = r^{t+1} + gamma Vhat^{t+1}
             Vhat^t = (1 - td_lambda) V0^t + td_lambda V^t,  Vhat^H = V0^H        Eq. 4 and 5 as a recursion
-    L_pi = -mean_{t < H} Vhat^t - actor_ent * entropy - bc_coef * mean f log pi(a_data | s_data)  Eq. 6 and 10
-    L_Q  = mean_{t < H} (Vbar^t - Q_i(s^t, a^t))^2                                                       Eq. 7
-         + mean_data (r_{j+1} + gamma V0bar(s_{j+1}) - Q_i(s_j, a_j))^2, rewards as they are           Eq. 8
-    bar: by the target critics. f: whether an action is worth imitating (--bc-filter).
+    L_pi = -mean_{t < H} (Vhat^t + actor_ent * entropy^t) - bc_coef * mean f log pi(a_data | s_data)   Eq. 6 and 10
+    L_Q  = sum_i [ mean_{t < H} (Vbar^t - Q_i(s^t, a^t))^2                                               Eq. 7
+                 + mean_data (r_{j+1} + gamma d_{j+1} V0bar(s_{j+1}) - Q_i(s_j, a_j))^2 ]                Eq. 8
+    bar: by the target critics. r in Eq. 8: as it is in the data. d: 0 after a terminal step, else 1. f: whether an
+    action is worth imitating (--bc-filter).
 
 Dims: B windows, T rows of a window, M = B T states, H horizon, A action, E embedding, S stoch, K classes, D deter,
 F = S K + D feat, N ensemble.
@@ -30,7 +31,7 @@ Where the paper is silent or contradicts itself (marked DIFF n where it happens)
   DIFF 7: tasks with dense rewards have no success to filter by: there the better half of the episodes by return. On
           kitchen-partial any three objects at once count, in the paper the first three.
   DIFF 8: 1,000 offline updates on Meta-World (Appendix C.1; the main text has 10,000 for all), 1,000 episodes of 20
-          updates; on the kitchen 10,000 and 1,326 of 50, which is less than the 500,000 steps it also names.
+          updates; on the kitchen 10,000 and 1,326 of 50: 371,000 steps in the environment, the main text says 500,000.
           Elsewhere one update per transition and none online.
 Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
 
@@ -112,7 +113,7 @@ class Args:
     gamma: float = 0.99  # discount per control step
     td_lambda: float = 0.95  # of the value expansion
     actor_ent: float = 1e-4  # weight of the actor's entropy
-    actor_sample_grad: Literal["reference", "exact"] = "reference"  # through a truncated normal's draw; see its text
+    actor_sample_grad: Literal["reference", "exact"] = "reference"  # see TruncatedNormal.sample
     tau: float = 0.0  # Polyak rate of the target critics; 0: a hard copy every --target-every updates
     target_every: int = 100  # gradient updates
     eval_state_mode: bool = False  # evaluate on the posterior's most likely classes; default: drawn
@@ -160,7 +161,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 class LastLayer(nn.Linear):
-    """Linear, in float32 also under autocast: bf16 would round an action to 0.004 and a value of 100 to 0.5.
+    """Linear, in float32 also under autocast: bf16 tells actions near 1 apart by 0.004, values near 100 by 0.5.
 
     Every head that gives an action or a value ends in one."""
 
@@ -239,7 +240,8 @@ class GRUCell(nn.Module):
 class Priors(nn.Module):
     """The ensemble: N networks of two layers from the recurrent state to the distribution of the stochastic one.
 
-    Their weights lie in one tensor each, so that those not drawn get zero gradients and decay, as in TensorFlow."""
+    A weight of all N is one tensor, so that a member not drawn still has a gradient, of zero: its moments and the
+    decay go on, as in TensorFlow."""
 
     def __init__(self, ensemble: int, deter: int, hidden: int, outputs: int):
         super().__init__()
@@ -454,6 +456,12 @@ def categorical_kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum((-2, -1))
 
 
+def categorical_entropy(logits: Tensor) -> Tensor:
+    """Of S independent categoricals, nats. (..., S, K)  ->  (...)."""
+    log_probs = logits.log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum((-2, -1))
+
+
 def expand_values(reward: Tensor, value: Tensor, gamma: float, td_lambda: float) -> tuple[Tensor, Tensor]:
     """Value expansion. reward (H, M) on arrival in states 1 .. H, value (H + 1, M) V0 of states 0 .. H
     ->  V and Vhat (H, M) of states 0 .. H-1.
@@ -585,7 +593,10 @@ class Agent(nn.Module):
         reward_loss = normal_nll(reward, batch.reward) / reward.numel()
         loss = image_loss + reward_loss + kl_loss
         metrics = {"loss": loss, "image_loss": image_loss, "reward_loss": reward_loss, "kl": train_prior}
-        metrics |= {"post_entropy": entropy(post).mean(), "prior_entropy": entropy(prior).mean()}
+        metrics |= {
+            "post_entropy": categorical_entropy(post).mean(),
+            "prior_entropy": categorical_entropy(prior).mean(),
+        }
         states = State(*(part.detach() for part in states))
         return loss, states, {f"model/{name}": value.detach() for name, value in metrics.items()}
 
@@ -728,7 +739,8 @@ class Agent(nn.Module):
             self.critic_target.load_state_dict(self.critic.state_dict())
 
     def minimize(self, name: str, loss: Tensor) -> Tensor:
-        """One step of an optimiser on its own parameters; no gradient is computed for others. -> its norm ()."""
+        """One step of an optimiser on its own parameters; no gradient is computed for others. Returns the
+        gradient's norm before the clip, ()."""
         optimizer = self.optimizers[name]
         for parameter in optimizer.params:
             parameter.grad = None
@@ -787,12 +799,6 @@ class Agent(nn.Module):
 def normal_nll(mean: Tensor, x: Tensor) -> Tensor:
     """-log N(x; mean, 1), the sum over all elements."""
     return 0.5 * F.mse_loss(mean, x, reduction="sum") + 0.5 * math.log(2 * math.pi) * x.numel()
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Of S independent categoricals, nats. (..., S, K)  ->  (...)."""
-    log_probs = logits.log_softmax(-1)
-    return -(log_probs.exp() * log_probs).sum((-2, -1))
 
 
 def worth_imitating(buffer: SequenceBuffer, args: Args) -> Tensor:

@@ -8,15 +8,17 @@ actor and a critic trained inside it on the reward minus the disagreement of an 
     penalty u(deter) = mean_k |P_k - mean_j P_j|  (Frobenius), P_k the class probabilities of prior k
     agent   from every state of the windows H steps under the actor, r~ = reward - penalty_coef * u
             target_t = r~_t + gamma ((1 - td_lambda) v(feat_{t+1}) + td_lambda target_{t+1}),  target_H = v(feat_H)
-            L_pi = -(target + actor_ent * entropy), through the dynamics;  L_v = 0.5 (v(feat) - target)^2
+            L_pi = -mean_{1 <= t < H} gamma^{t-1} (target_t + actor_ent * entropy_{t-1}), through the dynamics
+            L_v  = mean_{t < H} gamma^t 0.5 (v(feat_t) - target_t)^2
 
 Dims: B windows, T rows of a window, M = B T states, H horizon, A action, E embedding, S stoch, K classes, D deter,
 F = S K + D feat, N ensemble.
 Differs from the released code (marked DIFF n where it happens):
   DIFF 1: 800 and 2,400 epochs (Table 7), that is 25,000 and 75,000 updates for 100,000 transitions; theirs 25,100 and
           200,000 for any set, after a joint update of model and agent.
-  DIFF 2: penalty_coef 10, 3 for random sets, 8 for walker-walk mixed: the paper's as recalled, which searched 3 to 10
-          and names these exceptions; theirs 5 (README: 10), and no penalty at all unless told.
+  DIFF 2: penalty_coef 10, 3 for random sets, 8 for walker-walk mixed: from memory of the paper. Its text on arXiv, as
+          far as it could be read, has the range 3 to 10 and these exceptions, not the values: unverified. The released
+          code has 5 (its README 10), and no penalty at all unless told.
   DIFF 3: the critic's target starts as its copy; theirs is another network until the first update is over.
   DIFF 4: the encoder is frozen and deterministic in the second phase, so the set is embedded once: the same numbers.
   DIFF 5: --precision auto is bf16 autocast where the hardware has it; theirs float16 with a scaled loss.
@@ -67,7 +69,7 @@ class Args:
     tag: str = ""  # tells apart runs of the same task, set and seed with other flags
     runs_dir: str | None = None  # where run folders are; None: runs/ beside common.py
     overwrite: bool = False  # start anew in a folder that holds a run; without it the same command continues
-    quick: bool = False  # QUICK below: shows learning on two CPU cores; no benchmark row
+    quick: bool = False  # QUICK below: small; ends below its data (docs/offline_dv2.md); no benchmark row
     evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
     model_from: str | None = None  # a run's folder: its world model in place of a first phase of --model-steps
     model_steps: int | None = None  # gradient updates of the world model; None: 800 epochs (Table 7; DIFF 1)
@@ -87,17 +89,17 @@ class Args:
     kl_balance: float = 0.8  # share of the KL's gradient that trains the prior
     free_nats: float = 1.0  # below it the mean KL has no gradient
     penalty: Literal["mean_disagreement", "sum_squares", "logit_std", "log_prob_std", "mixture_std", "none"] = (
-        "mean_disagreement"  # the released code's; sum_squares: Eq. 1, as recalled; logit_std: Appendix B.1's words
+        "mean_disagreement"  # the released code's; sum_squares: Eq. 1, from memory; logit_std: Appendix B.1's words
     )
     penalty_coef: float = 10.0  # lambda of Eq. 1 (DIFF 2)
     horizon: int = 5  # imagined steps (Table 7)
     gamma: float = 0.99  # discount per control step
     td_lambda: float = 0.95  # of the lambda-return
     actor_ent: float = 1e-4  # weight of the actor's entropy
-    actor_sample_grad: Literal["reference", "exact"] = "reference"  # through a truncated normal's draw; see its text
+    actor_sample_grad: Literal["reference", "exact"] = "reference"  # see TruncatedNormal.sample
     target_every: int = 100  # agent updates between hard copies of the critic into its target
     eval_state_mode: bool = False  # evaluate on the posterior's most likely classes; default: drawn, as theirs
-    eval_every: int | None = None  # gradient updates; None: a twentieth of the run, second phase; 0: no environment
+    eval_every: int | None = None  # updates of the second phase; None: a twentieth of the run; 0: no environment
     eval_episodes: int = 10  # per evaluation
     log_every: int = 100  # gradient updates
     device: str = "auto"  # auto: cuda if there is one, else cpu
@@ -135,7 +137,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 class LastLayer(nn.Linear):
-    """Linear, in float32 also under autocast: bf16 would round an action to 0.004 and a value of 100 to 0.5.
+    """Linear, in float32 also under autocast: bf16 tells actions near 1 apart by 0.004, values near 100 by 0.5.
 
     Every head that gives an action or a value ends in one."""
 
@@ -214,7 +216,8 @@ class GRUCell(nn.Module):
 class Priors(nn.Module):
     """The ensemble: N networks of two layers from the recurrent state to the distribution of the stochastic one.
 
-    Their weights lie in one tensor each, so that those not drawn get zero gradients and decay, as in TensorFlow."""
+    A weight of all N is one tensor, so that a member not drawn still has a gradient, of zero: its moments and the
+    decay go on, as in TensorFlow."""
 
     def __init__(self, ensemble: int, deter: int, hidden: int, outputs: int):
         super().__init__()
@@ -412,7 +415,7 @@ def mean_disagreement(logits: Tensor, stoch: Tensor) -> Tensor:
 
 
 def sum_squares(logits: Tensor, stoch: Tensor) -> Tensor:
-    """sum_k |P_k - mean_j P_j|^2: 2206.04779 Eq. 1 as recalled, the text at hand has lost it."""
+    """sum_k |P_k - mean_j P_j|^2: 2206.04779 Eq. 1, from memory (DIFF 2)."""
     probs = logits.softmax(-1).flatten(-2)
     return (probs - probs.mean(0)).square().sum((0, -1))
 
@@ -453,6 +456,12 @@ def categorical_kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) of S independent categoricals, nats. Logits (..., S, K) float32  ->  (...)."""
     p, q = p.log_softmax(-1), q.log_softmax(-1)
     return (p.exp() * (p - q)).sum((-2, -1))
+
+
+def categorical_entropy(logits: Tensor) -> Tensor:
+    """Of S independent categoricals, nats. (..., S, K)  ->  (...)."""
+    log_probs = logits.log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum((-2, -1))
 
 
 def lambda_return(reward: Tensor, next_value: Tensor, gamma: float, td_lambda: float) -> Tensor:
@@ -560,7 +569,10 @@ class Agent(nn.Module):
         reward_loss = normal_nll(reward, batch.reward) / reward.numel()
         loss = image_loss + reward_loss + kl_loss
         metrics = {"loss": loss, "image_loss": image_loss, "reward_loss": reward_loss, "kl": train_prior}
-        metrics |= {"post_entropy": entropy(post).mean(), "prior_entropy": entropy(prior).mean()}
+        metrics |= {
+            "post_entropy": categorical_entropy(post).mean(),
+            "prior_entropy": categorical_entropy(prior).mean(),
+        }
         return loss, {f"model/{name}": value.detach() for name, value in metrics.items()}
 
     def update_model(self, batch: Sequences) -> Metrics:
@@ -613,7 +625,8 @@ class Agent(nn.Module):
         reward     r~     r~     ...  r~           r~     -     penalised, on arrival
         value      -      v      ...  v            v      v     of the target critic
         target     T_0    T_1    ...  T_H-2        T_H-1  -     T_0: the actor had no part in that state
-        loss       -      T_1    ...  gamma^(H-3)  gamma^(H-2) T_H-1, each with the entropy one index earlier"""
+        weight     -      1      ...  gamma^(H-3)  gamma^(H-2)
+        loss       -      T_1    ...  T_H-2        T_H-1  -     each plus actor_ent * the entropy one index earlier"""
         args = self.args
         states, policies = self.imagine(start)
         feat, next_feat = (torch.stack([state.feat for state in some]) for some in (states[:-1], states[1:]))
@@ -660,7 +673,8 @@ class Agent(nn.Module):
     # ---- both ----
 
     def minimize(self, name: str, loss: Tensor) -> Tensor:
-        """One step of an optimiser on its own parameters; no gradient is computed for others. -> its norm ()."""
+        """One step of an optimiser on its own parameters; no gradient is computed for others. Returns the
+        gradient's norm before the clip, ()."""
         optimizer = self.optimizers[name]
         for parameter in optimizer.params:
             parameter.grad = None
@@ -711,12 +725,6 @@ class Agent(nn.Module):
 def normal_nll(mean: Tensor, x: Tensor) -> Tensor:
     """-log N(x; mean, 1), the sum over all elements."""
     return 0.5 * F.mse_loss(mean, x, reduction="sum") + 0.5 * math.log(2 * math.pi) * x.numel()
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Of S independent categoricals, nats. (..., S, K)  ->  (...)."""
-    log_probs = logits.log_softmax(-1)
-    return -(log_probs.exp() * log_probs).sum((-2, -1))
 
 
 # ==== Evaluation ====
