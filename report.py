@@ -633,6 +633,48 @@ def plot_curves(groups: dict, paper: dict, out: Path) -> list[Path]:
     return written
 
 
+def plot_rows(rows: list[dict], file: Path) -> None:
+    """Last scores with their intervals, a line per task and set, and what the data scores; untagged rows alone."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"note: matplotlib is not installed; {file.name} stays as it is")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    places, names = defaultdict(list), sorted({row["algo"] for row in rows})
+    for row in rows:
+        if not row["tag"]:
+            quick = ", quick" if row["quick"] == "True" else ""
+            places[f"{row['task']}\n{row['dataset'].split('-')[0]}{quick}"].append(row)
+    figure, axis = pyplot.subplots(figsize=(8, 0.8 + 0.62 * len(places)), layout="constrained")
+    for place, found in enumerate(places.values()):
+        axis.plot([found[0]["data_score"]] * 2, [place - 0.38, place + 0.38], color="0.6", linewidth=2, zorder=0,
+                  label="the data's mean" if place == 0 else None)  # fmt: skip
+        for row in found:
+            at = place + 0.11 * (names.index(row["algo"]) - (len(names) - 1) / 2)
+            low, high = (row[f"score_last_{end}"] for end in ("low", "high"))
+            error = None if low is None else [[row["score_last"] - max(low, 0)], [min(high, 100) - row["score_last"]]]
+            axis.errorbar(
+                row["score_last"], at, xerr=error, fmt="o", color=f"C{names.index(row['algo'])}", markersize=4
+            )
+    for i, name in enumerate(names):
+        axis.plot([], [], "o", color=f"C{i}", label=name)
+    axis.set(
+        yticks=range(len(places)),
+        yticklabels=places,
+        xlim=(0, 100),
+        xlabel="last score (return / 10; Meta-World: return), 95 % interval over seeds",
+    )
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(names) + 1, fontsize=8, frameon=False)
+    figure.savefig(file, dpi=110)
+    pyplot.close(figure)
+
+
 def write_report(results: Path, runs: Path, out: Path) -> None:
     found, problems = gather(results, runs if runs.is_dir() else None)
     groups, paper = groups_of(found), published()
@@ -664,6 +706,8 @@ def main(args: Args) -> None:
             if text != page.read_text():
                 write_atomically(page, text)
                 print(f"filled {page}")
+        groups = groups_of(gather(results, None)[0])
+        plot_rows([table_row(key, group, published()) for key, group in groups.items()], results / "scores.png")
     else:
         write_report(results, runs, Path(args.out))
 

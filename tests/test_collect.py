@@ -16,7 +16,7 @@ from collect import POLICIES, Args, SACPolicy
 from conftest import ENVIRONMENT, ROOT, run_python
 from test_data import digests, load
 
-from common import Dataset, UserError, lock_file, make_env, return_statistics
+from common import Dataset, UserError, lock_file, make_env, return_statistics, standard_transitions
 
 SHORT = 20  # steps of an episode in most tests here
 
@@ -140,6 +140,26 @@ def test_random_cheetah_is_near_the_published_statistics(tmp_path):
 
 
 # ---- policies ----
+
+SHIPPED = sorted((path.parent.name, path.stem) for path in POLICIES.glob("*/*.npz"))
+
+
+@pytest.mark.parametrize("task", sorted({task for task, _ in SHIPPED}))
+def test_the_shipped_replays_are_near_the_published_statistics(task):
+    with np.load(POLICIES / task / "mixed.npz") as arrays:
+        returns, actions, physics = arrays["ret"], arrays["action"], arrays["physics"]
+    assert actions.shape[:2] == (standard_transitions(task, "mixed") // 500, 500)
+    assert len(returns) == len(actions) == len(physics)
+    mean, _, _, _, median, *_ = collect.TABLE_5[task, "mixed"]
+    assert returns.mean() == pytest.approx(mean, rel=0.2) and np.median(returns) == pytest.approx(median, rel=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task, name", [pair for pair in SHIPPED if pair[1] != "mixed"])
+def test_the_shipped_policies_are_near_the_published_mean(task, name, tmp_path):
+    """Within 5 % over a whole set (data/README.md); here eight episodes, so three standard errors more."""
+    returns = collect.collect(Args(task=task, dataset=name, stats_only=True), name, 8 * 500, tmp_path)
+    assert abs(returns.mean() / collect.TABLE_5[task, name][0] - 1) < 0.05 + 3 * returns.std() / 8**0.5 / returns.mean()
 
 
 @pytest.fixture

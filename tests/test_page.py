@@ -296,6 +296,14 @@ def test_docs_are_filled_from_results_alone(folders):
         assert "<!-- results algo=cql -->\nNothing has been measured yet.\n<!-- end -->" in text
 
 
+def test_the_figure_of_scores(folders):
+    write_seeds(folders, [10, 12, 14])
+    write_seeds(folders, [20], algo="my_idea", quick=True)
+    groups = report.groups_of(report.gather(folders / "results", folders / "runs")[0])
+    report.plot_rows([report.table_row(key, runs, {}) for key, runs in groups.items()], folders / "scores.png")
+    assert (folders / "scores.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_repositorys_pages_are_filled():
     """python report.py --docs has been run since results/ or a linked file changed."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
