@@ -336,7 +336,7 @@ def test_the_page_in_a_browser(folders, browser):
     for algo, base in (("bc", 10), ("drq_bc", 40)):
         write_seeds(folders, [base, base + 5, base + 10], algo=algo)
         write_seeds(folders, [base], algo=algo, task="cheetah-run", dataset="expert-84px")
-    write_seeds(folders, [33], algo="bc", dataset="medium-84px-20000", quick=True, tag="</script>")
+    write_seeds(folders, [33], algo="bc", dataset="medium-84px-20000-seed123456", quick=True, tag="</script>")
     video = next((folders / "runs").glob("bc-*-seed0")) / "evaluation.mp4"
     save_video(video, list(np.random.default_rng(0).integers(0, 256, (30, 3, 84, 84), np.uint8)))
     rows = table(folders)
@@ -346,6 +346,8 @@ def test_the_page_in_a_browser(folders, browser):
                                 {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False})  # fmt: skip
         browser.get(page.as_uri())
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width  # nothing sticks out
+        cut = "return [...document.querySelectorAll('td')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
+        assert browser.execute_script(cut) == 0  # nor over its neighbour
         label = "return document.querySelector('#cards svg text').getBoundingClientRect().height"
         assert browser.execute_script(label) > 10  # pixels: readable
         shown = browser.execute_script(
