@@ -348,33 +348,47 @@ def test_sac_killed_between_two_checkpoints_ends_as_if_never_killed(tmp_path):
     assert len(replay) == 5500 and (replay[4000:] > 0).mean() > 0.5
 
 
-@pytest.mark.parametrize("task", ["humanoid-walk", "walker-walk"])
-def test_where_the_head_is_in_a_humanoids_state(task):
+def test_where_a_humanoids_state_says_how_it_stands():
     import train_sac
 
-    env = make_env(task, size=None)
-    if task == "walker-walk":
-        with pytest.raises(UserError, match="--fall-cost: this task's states hold no head's height"):
-            train_sac.head_index(env)
-        return
+    with pytest.raises(UserError, match="--balance: this task's states are not a humanoid's"):
+        train_sac.body_columns(make_env("walker-walk", size=None))
+    env = make_env("humanoid-walk", size=None)
     env.reset(0)
     state = env.step(np.zeros(env.action_dim))[4]["state"]
-    assert state[train_sac.head_index(env)] == np.float32(env.physics.head_height())
+    found = {name: state[columns] for name, columns in train_sac.body_columns(env).items()}
+    np.testing.assert_allclose(found["head_height"], env.physics.head_height(), rtol=1e-6)
+    np.testing.assert_allclose(found["torso_vertical"][2], env.physics.torso_upright(), rtol=1e-6)
+    np.testing.assert_allclose(found["com_velocity"], env.physics.center_of_mass_velocity(), rtol=1e-6, atol=1e-7)
+
+
+def test_what_a_balancing_humanoid_is_paid():
+    """By hand: standing still, walking at 1 m/s, leaping to 1.85 m, flying at 2.6 m/s, lying."""
+    import train_sac
+
+    columns = {"head_height": slice(0, 1), "torso_vertical": slice(1, 4), "com_velocity": slice(4, 7)}
+    state = np.array([[1.47, 0, 0, 1, 0, 0, 0], [1.47, 0, 0, 1, 1, 0, 0], [1.85, 0, 0, 1, 1, 0, 0],
+                      [1.47, 0, 0, 1, 0, 0, 2.6], [0.2, 1, 0, 0, 0, 0, 0]], np.float32)  # fmt: skip
+    reward = np.array([[1 / 3], [2], [2], [2], [0]], np.float32)
+    paid = train_sac.balanced(reward, state, columns, 0.5)
+    assert paid.dtype == np.float32 and paid.shape == (5, 1)
+    lying = 0.1 ** (1.2 / 0.35) ** 2 / 1.9
+    np.testing.assert_allclose(paid[:, 0], [0.5 / 3 + 1, 2, 0.2, 0.2, lying], rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(train_sac.balanced(reward, state, columns, 0.0)[:2], reward[:2])
 
 
 @pytest.mark.slow
-def test_a_fall_costs_the_learner_and_not_the_record(tmp_path):
+def test_balance_is_what_the_learner_sees_and_not_the_record(tmp_path):
     """A first round only collects, the second learns: other networks, the same rewards of the first."""
-    folders = tmp_path / "plain", tmp_path / "costly"
-    for folder, cost in zip(folders, (0, 4)):
-        done = run_python(*sac(folder, 1000), "--task", "humanoid-walk", "--fall-cost", cost)
+    folders = tmp_path / "plain", tmp_path / "balanced"
+    for folder, share in zip(folders, (0, 0.5)):
+        done = run_python(*sac(folder, 1000), "--task", "humanoid-walk", "--balance", share)
         assert done.returncode == 0, done.stderr
     rewards = [np.load(folder / "humanoid-walk/replay/reward.npy") for folder in folders]
     np.testing.assert_array_equal(rewards[0][:1000], rewards[1][:1000])
-    assert (rewards[1] >= 0).all()
-    plain, costly = (torch.load(folder / "humanoid-walk/checkpoint.pt", weights_only=True) for folder in folders)
-    assert plain["step"] == costly["step"] == 500
-    assert not torch.equal(plain["agent"]["q1.0.weight"], costly["agent"]["q1.0.weight"])
+    plain, other = (torch.load(folder / "humanoid-walk/checkpoint.pt", weights_only=True) for folder in folders)
+    assert plain["step"] == other["step"] == 500
+    assert not torch.equal(plain["agent"]["q1.0.weight"], other["agent"]["q1.0.weight"])
 
 
 def test_exporting_what_was_never_trained_is_one_line(tmp_path):
