@@ -657,17 +657,19 @@ class Agent(nn.Module):
         state = State(*(part[:, 0] for part in states))
         return self.actor(state.feat), state
 
+    # ---- for benchmarks/inspect_world_model.py ----
+
     def filter(self, batch: Sequences) -> State:
         """States of windows, from their images. -> (B, T, ...)."""
         return self.model.rssm.observe(self.model.embed(batch.image), batch.action, batch.is_first)[0]
 
     def roll(self, batch: Sequences, context: int) -> State:
-        """The same for the first `context` rows; after them only the actions are known. -> (B, T, ...)."""
+        """States of windows: filtered for the first `context` rows, imagined under their actions after them."""
         states = self.filter(Sequences(*(part[:, :context] for part in batch)))
-        found = [State(*parts) for parts in zip(*(part.unbind(1) for part in states))]
+        rows = [State(*parts) for parts in zip(*(part.unbind(1) for part in states))]
         for t in range(context, batch.action.shape[1]):
-            found.append(self.model.rssm.imagine(found[-1], batch.action[:, t]))
-        return State(*(torch.stack(parts, 1) for parts in zip(*found)))
+            rows.append(self.model.rssm.imagine(rows[-1], batch.action[:, t]))
+        return State(*(torch.stack(parts, 1) for parts in zip(*rows)))
 
     @torch.no_grad()
     def reconstruct(self, batch: Sequences) -> Tensor:
@@ -676,8 +678,10 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def open_loop(self, batch: Sequences, context: int = 5) -> Tensor:
-        """Of the states that follow from `context` images and then actions alone. -> (B, T, 3, 64, 64)."""
+        """What it makes of roll()'s: `context` images are seen, the rest follows from actions. -> (B, T, 3, 64, 64)."""
         return self.model.decode(self.roll(batch, context).feat)
+
+    # ---- checkpoints ----
 
     def get_extra_state(self) -> dict:
         """What torch adds to state_dict(): the optimisers. What else an update changes belongs here, for resume."""
