@@ -158,7 +158,8 @@ def balanced(reward: np.ndarray, state: np.ndarray, columns: dict[str, slice], s
     upright, both only while the head is no higher and the body no faster than in a walk. state (B, D): arrived at.
 
     Free to leap, a humanoid learns to leap, fall, get up and leap again: that pays 510 to 560, standing still 160, and
-    runs of 376,000 and 518,000 updates (seeds 1 and 0) stayed there. Heights and margins are those of the task's reward."""
+    runs of 376,000 and 518,000 updates (seeds 1 and 0) stayed there. Heights and margins are those of the task's
+    reward."""
     head, vertical, velocity = (state[:, columns[name]] for name in ("head_height", "torso_vertical", "com_velocity"))
     stands = 0.1 ** (np.maximum(STANDS - head, 0) / (STANDS / 4)) ** 2
     upright = np.clip((vertical[:, 2:] + 1) / 1.9, 0, 1)
