@@ -391,7 +391,9 @@ NAMED_SETS = (*STANDARD_SETS, "demos", "partial")  # and those of manipulation t
 STANDARD_TRANSITIONS = {("cheetah-run", "mixed"): 200_000, ("humanoid-walk", "mixed"): 600_000}  # else as below
 ARRAYS = {"image": np.uint8, "action": np.float32, "reward": np.float32, "discount": np.float32, "episode": np.int64}
 HEADER = 128  # bytes before the rows of a .npy file
-BUFFER_SHARE = 0.6  # --buffer-device auto holds the frames on the GPU if they fit in this share of its free memory
+# --buffer-device auto holds the frames on the GPU if they fit in this share of its free memory; benchmark.sh says how
+# many runs begin on one GPU at the same time
+BUFFER_SHARE = 0.6 / int(os.environ.get("CLEANPIXELS_RUNS_PER_GPU", 1))
 
 
 class Part:

@@ -239,11 +239,12 @@ class Stop:
         return 128 - status if status < 0 else status
 
 
-def run_row(row: Row, stage_dir: str, stop: Stop, gpu: str | None = None) -> int:
-    """The status of the run; what it prints is appended to row.log."""
+def run_row(row: Row, stage_dir: str, stop: Stop, gpu: str | None = None, sharing: int = 1) -> int:
+    """The status of the run, one of `sharing` on its GPU; what it prints is appended to row.log."""
     row.log.parent.mkdir(parents=True, exist_ok=True)
     words = [sys.executable, *shlex.split(row.command)[1:]]
     environment = os.environ | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+    environment |= {"CLEANPIXELS_RUNS_PER_GPU": str(sharing)} if sharing > 1 else {}
     with open(row.log, "ab") as log:
         if stage_dir and row.standard:  # a set of one's own is read where it is
             try:
@@ -433,7 +434,7 @@ def run_here(todo: list[Row], before: int, skipped: list[str], args: Args) -> in
             except queue.Empty:
                 return
             try:
-                status = run_row(row, args.stage_dir, stop, gpu)
+                status = run_row(row, args.stage_dir, stop, gpu, -(-jobs // len(gpus)) if gpus else 1)
             except OSError as error:  # its log cannot be written
                 print(f"{row.log}: {error}", flush=True)
                 status = 1

@@ -24,7 +24,12 @@ import run_all  # noqa: E402
 
 # The second algorithm of most tests: bc.py, which says on which GPU it is and ends there.
 SABOTAGE = "    step = run.load_checkpoint(agent=agent, buffer=buffer)"
-BAD = "    import os; raise RuntimeError(f\"no good on {os.environ.get('CUDA_VISIBLE_DEVICES')}\")"
+BAD = """    import os
+    import common
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
+    print("share of the GPU's memory", common.BUFFER_SHARE)
+    raise RuntimeError(f"no good on {gpu}")
+"""
 HIDDEN = ("PYTHONPATH", "CUDA_VISIBLE_DEVICES", "CLEANPIXELS_DATA")  # of this test run
 CLEAN = {name: value for name, value in ENVIRONMENT.items() if name not in HIDDEN}
 CLEAN["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # `python` is this one
@@ -223,6 +228,7 @@ def test_jobs_take_turns_on_the_gpus(repo, tiny_set, tmp_path):
     benchmark(repo, *words, "--runs-dir", tmp_path, "--", *SHORT, CUDA_VISIBLE_DEVICES="4,7,8")
     gpus = [re.search("Error: no good on (.)", log.read_text())[1] for log in tmp_path.glob("bad/*/*/*.log")]
     assert sorted(gpus) == ["4", "4", "7"]  # two of those that are visible; the third job shares the first
+    assert all("share of the GPU's memory 0.3\n" in log.read_text() for log in tmp_path.glob("bad/*/*/*.log"))
 
 
 def test_a_set_whose_making_fails_skips_its_rows(repo, tmp_path):
