@@ -1255,14 +1255,10 @@ class Run:
         here["hardware"] = hardware(self.args.device)
         with _plain_errors(self.path):
             if self.args.overwrite:  # only now: whatever can be wrong with the command has been found
-                keep = (
-                    {".lock", "online"} if getattr(self.args, "online_episodes", 0) else {".lock"}
-                )  # that one is open
-                for entry in sorted(
-                    self.path.iterdir(), key=lambda entry: entry.name == "config.json"
-                ):  # it is the last
-                    if entry.name not in keep:
-                        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                used = {".lock"} | ({"online"} if getattr(self.args, "online_episodes", 0) else set())  # this run's own
+                entries = [entry for entry in self.path.iterdir() if entry.name not in used]
+                for entry in sorted(entries, key=lambda entry: entry.name == "config.json"):  # that one last
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             if self._checkpoints():
                 config = json.loads((self.path / "config.json").read_text())
                 config["resumed"].append(here)
