@@ -282,7 +282,11 @@ def place_of(row: Row) -> tuple:
 def flags_of(command: str) -> list[list[str]]:
     """The words of a command: the script, then each flag with its values."""
     found = []
-    for word in shlex.split(command):
+    try:
+        words = shlex.split(command)
+    except ValueError:  # recorded before commands kept their quotes
+        words = command.split()
+    for word in words:
         if word.startswith("--") or not found:
             found.append([word])
         else:
@@ -355,8 +359,8 @@ def stratified_bootstrap(rows: list[list[float]], statistic, draws: int = 2000, 
 
 
 def mixed_flags(runs: list[Result]) -> bool:
-    """Whether the seeds of a group were trained with different flags: typed ones, and as far as their run folders are
-    here all of them."""
+    """Whether the seeds of a group were trained with different flags: typed ones, and all of them where
+    the configurations are here."""
     kept = [{name: value for name, value in run.args.items() if name not in FREE_FLAGS | {"seed", "device"}}
             for run in runs if run.args]  # fmt: skip
     typed = [(own_flags(run.row), run.row["hardware"].split(", ")[-2:-1]) for run in runs]  # hardware, precision, ...

@@ -323,7 +323,7 @@ def here(command: str) -> str:
 
 def submit(rows: list[Row], args: Args) -> None:
     if waiting := queued():
-        print(f"note: array {waiting} is in the queue; a row that is in both ends at once in the later one, as in use")
+        print(f"note: array {waiting} is in the queue; of a row in both, the later run ends at once: in use")
     logs = ROOT / "runs" / "slurm"
     logs.mkdir(parents=True, exist_ok=True)
     head = f"#!/usr/bin/env bash\ncd {shlex.quote(str(ROOT))}\n"

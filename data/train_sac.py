@@ -49,9 +49,7 @@ class Args:
     lr: float = 1e-3  # Adam, of actor, critics and temperature
     tau: float = 0.005  # Polyak rate of the target critics, per update
     entropy: float = -1.0  # target entropy per action dimension; lower: less noise
-    balance: float = (
-        0.0  # humanoid: share of standing in what the learner is paid, see balanced(); 0: the task's reward
-    )
+    balance: float = 0.0  # humanoid: share of standing in what the learner is paid, see balanced()
     seed: int = 0  # of weights, actions and initial states
     actor_every: int = 250  # updates between saved actors
     runs_dir: Path = ROOT / "runs" / "sac"  # run folders: <runs_dir>/<task>
@@ -158,8 +156,8 @@ def balanced(reward: np.ndarray, state: np.ndarray, columns: dict[str, slice], s
     upright, both only while the head is no higher and the body no faster than in a walk. state (B, D): arrived at.
 
     Free to leap, a humanoid learns to leap, fall, get up and leap again: that pays 510 to 560, standing still 160, and
-    runs of 376,000 and 518,000 updates (seeds 1 and 0) stayed there. Heights and margins are those of the task's
-    reward."""
+    runs of 376,000 and 518,000 updates (seeds 1 and 0) stayed there. Standing is what the task's own reward
+    calls so; the limits of a walk are ours."""
     head, vertical, velocity = (state[:, columns[name]] for name in ("head_height", "torso_vertical", "com_velocity"))
     stands = 0.1 ** (np.maximum(STANDS - head, 0) / (STANDS / 4)) ** 2
     upright = np.clip((vertical[:, 2:] + 1) / 1.9, 0, 1)

@@ -88,6 +88,11 @@ def test_paths_of_a_machine_stay_out_and_one_seed_keeps_its_video(tmp_path):
     assert [run.args["seed"] for run in found] == [0, 1]  # configurations are in results/, too
 
 
+def test_commands_of_before_quotes_were_kept():
+    assert report.flags_of("algos/bc.py --runs-dir it's --lr 0.1") == [["algos/bc.py"], ["--runs-dir", "it's"],
+                                                                       ["--lr", "0.1"]]  # fmt: skip
+
+
 def test_runs_of_before_the_list_of_resumes(tmp_path):
     run = write_run(tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
