@@ -1251,7 +1251,7 @@ class Run:
 
     def _write_config(self) -> None:
         """config.json and copies of the code; what began a run stays, what went on with it is listed beside it."""
-        here = {"command": shlex.join(sys.argv), "commit": _commit(self.script), "versions": versions()}
+        here = {"command": shlex.join(sys.argv), "commit": commit_of(self.script), "versions": versions()}
         here["hardware"] = hardware(self.args.device)
         with _plain_errors(self.path):
             if self.args.overwrite:  # only now: whatever can be wrong with the command has been found
@@ -1726,7 +1726,7 @@ def _fsync_folder(path: Path) -> None:
     os.close(handle)
 
 
-def _commit(script: Path) -> str:
+def commit_of(script: Path) -> str:
     """The git commit (-dirty where files changed), or the sha256 of script and common.py outside a repository."""
     git = ["git", "-C", str(script.parent)]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):

@@ -3,7 +3,7 @@
     python report.py --add runs/drq_bc/walker-walk/medium-84px/seed*   # write rows and curves under results/
     python report.py                                                   # results/ and runs/ -> report/index.html
     python report.py --compare drq_bc my_idea                          # or drq_bc:tag; the interval of the difference
-    python report.py --docs                                            # fills the tables in README.md and docs/
+    python report.py --docs                                            # fills the tables of both READMEs and docs/
 
 A run reports its last evaluation and the mean of the last max(2, 10 %), never the best one, which is chosen by the test
 set. Runs are averaged over seeds alone: same algorithm, tag, task, set, source, data, steps and quick. Intervals are
@@ -51,6 +51,7 @@ TABLE = (*CELL, "algo", "tag", "steps", "env_steps", "data_mean", "data_score", 
          "success_late_mean", "paper_mean", "paper_std", "wall_s", "hardware", "commits", "notes")  # fmt: skip
 SCORES = ("score_last", "score_late_mean")
 MIN_SEEDS = 3  # of a row in an aggregate
+PAGES = [HERE / "README.md", HERE / "data" / "README.md", *sorted((HERE / "docs").glob("*.md"))]
 PAGE_BYTES = 19_500_000  # of the page, its videos included
 # flags that leave the algorithm's setting as it is: they name the row, or change no more than rounding
 NEUTRAL = FREE_FLAGS | {"task", "dataset", "source", "transitions", "data_seed", "seed", "tag", "quick", "device",
@@ -62,7 +63,7 @@ Row = dict[str, str]
 class Args:
     add: tuple[str, ...] = ()  # folders of finished runs: write their rows and curves under results/ and stop
     compare: tuple[str, ...] = ()  # two variants, ALGO or ALGO:TAG: print their difference and stop
-    docs: bool = False  # fill the tables of README.md and docs/*.md from results/ and stop
+    docs: bool = False  # fill the tables of PAGES from results/ and stop
     results_dir: str | None = None  # where summary.csv and curves/ are; None: results/ beside this file
     runs_dir: str | None = None  # where run folders are; None: runs/ beside this file
     out: str = "report"  # where the page goes
@@ -470,22 +471,46 @@ def lines_of(name: str, file: Path) -> str:
     return f"#L{node.lineno}" + f"-L{node.end_lineno}" * (node.end_lineno > node.lineno)
 
 
+def speed(results: Path, part: str, about: str = "") -> str:
+    """One part's rows, of those that begin with `about`, of results/throughput*.json (throughput.py --json)."""
+    tables = []
+    for file in sorted(results.glob("throughput*.json")):
+        facts, lines = json.loads(file.read_text()), []
+        updates = part in ("update", "world")
+        for row in facts["rows"]:
+            if row["part"] == part and row["what"].startswith(about) and not facts["quick"]:
+                what, unit = row["what"].removesuffix(", eager"), row["unit"].split("/")[0]
+                other = f"{row['other']:.3g} {unit} ({row['ratio']:.1f}x)" if row["other"] else ""
+                rate = f"{row['per_second']:.3g}" if row["per_second"] and not updates else ""
+                rate = f"{row['value'] * 1e5 / 3600:.1f} h" if row["unit"] == "s/update" else rate
+                lines.append(f"| {what} | {row['value']:.3g} {unit} | {other} | {rate} |")
+        if lines:
+            machine = f"{facts['hardware']}, calibration {facts['calibration_s'] * 1e3:.0f} ms"
+            last = "100,000 updates" if updates else "per second"
+            tables.append("\n".join([f"| {machine} | here | other code | {last} |", "|---|---|---|---|", *lines]))
+    return "\n\n".join(tables)
+
+
 def fill_docs(results: Path, pages: list[Path]) -> dict[Path, str]:
-    """The pages' new texts: the tables between `<!-- results algo=cql quick=False -->` and `<!-- end -->` (columns of
-    TABLE filter), and the line numbers of links whose text is code: [`Agent.update`](../algos/bc.py#L1)."""
+    """The pages' new texts: the tables between `<!-- results algo=cql quick=False -->` (columns of TABLE filter) or
+    `<!-- speed part=update about=cql -->` and `<!-- end -->`, and the line numbers of links whose text is code:
+    [`Agent.update`](../algos/bc.py#L1)."""
     groups = groups_of(gather(results, None)[0])
     rows = [(table_row(key, runs, published()), runs) for key, runs in groups.items()]
 
     def table(found: re.Match) -> str:
-        wanted = dict(word.split("=") for word in found[1].split())
-        chosen = [(row, runs) for row, runs in rows if all(str(row[name]) == value for name, value in wanted.items())]
-        text = markdown(chosen) if chosen else "Nothing has been measured yet."
-        return f"<!-- results{found[1]} -->\n{text}\n<!-- end -->"
+        wanted = dict(word.split("=") for word in found[2].split())
+        if found[1] == "speed":
+            text = speed(results, **wanted)
+        else:
+            chosen = [(row, runs) for row, runs in rows if all(str(row[name]) == wanted[name] for name in wanted)]
+            text = markdown(chosen) if chosen else ""
+        return f"<!-- {found[1]}{found[2]} -->\n{text or 'Nothing has been measured yet.'}\n<!-- end -->"
 
     texts = {}
     for page in pages:
         old = page.read_text()
-        new = re.sub(r"<!-- results((?: \w+=\S+)*) -->\n.*?<!-- end -->", table, old, flags=re.S)
+        new = re.sub(r"<!-- (results|speed)((?: \w+=\S+)*) -->\n.*?<!-- end -->", table, old, flags=re.S)
         link = r"(\[`([\w.]+)`\]\(([\w./]+\.py))(?:#L\d+(?:-L\d+)?)?\)"
         new = re.sub(link, lambda m, page=page: f"{m[1]}{lines_of(m[2], page.parent / m[3])})", new)
         texts[page] = new
@@ -706,7 +731,7 @@ def main(args: Args) -> None:
     elif args.compare:
         print(compare(args.compare, gather(results, runs if runs.is_dir() else None)[0]))
     elif args.docs:
-        for page, text in fill_docs(results, [HERE / "README.md", *sorted((HERE / "docs").glob("*.md"))]).items():
+        for page, text in fill_docs(results, PAGES).items():
             if text != page.read_text():
                 write_atomically(page, text)
                 print(f"filled {page}")

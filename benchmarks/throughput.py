@@ -43,6 +43,7 @@ from common import (  # noqa: E402
     UserError,
     accelerate,
     choose_gl,
+    commit_of,
     cores,
     hardware,
     has_bf16,
@@ -340,8 +341,9 @@ def main(args: Args) -> None:
         measure_render(table, args)
     print(NOTE)
     if args.json:
-        facts = machine | {"device": args.device, "quick": args.quick, "repeats": args.repeats}
-        Path(args.json).write_text(json.dumps(facts | {"calibration_s": calibration, "rows": table.rows}, indent=1))
+        facts = machine | {name: getattr(args, name) for name in ("device", "quick", "repeats")}
+        facts |= {"commit": commit_of(Path(__file__)), "calibration_s": calibration, "rows": table.rows}
+        Path(args.json).write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

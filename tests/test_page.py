@@ -296,6 +296,37 @@ def test_docs_are_filled_from_results_alone(folders):
         assert "<!-- results algo=cql -->\nNothing has been measured yet.\n<!-- end -->" in text
 
 
+def test_speed_tables_come_from_what_throughput_wrote(tmp_path):
+    names = "part", "what", "value", "unit", "per_second", "other", "ratio"
+    table = [
+        ("update", "cql, bf16, eager", 0.65, "s/update", 1.54, 4.53, 6.97),
+        ("update", "my_idea, bf16, graph", 0.036, "s/update", 28, None, None),
+        ("world", "lompo rollouts, 8 x 50, bf16, eager", 0.5, "s", 2.0, None, None),
+        ("buffer", "256 transitions, cpu", 1.612, "ms/batch", 620.3, 5.4, 3.35),
+        ("open", "Dataset", 0.004, "s", None, 3.0, 750.0),
+    ]
+    rows = [dict(zip(names, row)) for row in table]
+    facts = {"hardware": "2 cores of X", "calibration_s": 0.339, "quick": False, "rows": rows}
+    (tmp_path / "throughput-rehearsed.json").write_text(json.dumps(facts | {"quick": True}))
+    (tmp_path / "throughput-x.json").write_text(json.dumps(facts))
+    head = "| 2 cores of X, calibration 339 ms | here | other code |"
+    cql, idea = "| cql, bf16 | 0.65 s | 4.53 s (7.0x) | 18.1 h |", "| my_idea, bf16, graph | 0.036 s |  | 1.0 h |"
+    rollouts = "| lompo rollouts, 8 x 50, bf16 | 0.5 s |  |  |"
+    assert report.speed(tmp_path, "world").splitlines()[2] == rollouts
+    update = [f"{head} 100,000 updates |", "|---|---|---|---|", cql, idea]
+    assert report.speed(tmp_path, "update").splitlines() == update
+    assert (
+        report.speed(tmp_path, "buffer").splitlines()[2] == "| 256 transitions, cpu | 1.61 ms | 5.4 ms (3.4x) | 620 |"
+    )
+    assert report.speed(tmp_path, "open").splitlines()[2] == "| Dataset | 0.004 s | 3 s (750.0x) |  |"
+    page = tmp_path / "page.md"
+    page.write_text("<!-- speed part=update about=cql -->\n<!-- end -->\n<!-- speed part=none -->\n<!-- end -->\n")
+    text = report.fill_docs(tmp_path, [page])[page]
+    assert (
+        cql in text and "my_idea" not in text and "part=none -->\nNothing has been measured yet.\n<!-- end -->" in text
+    )
+
+
 def test_the_figure_of_scores(folders):
     write_seeds(folders, [10, 12, 14])
     write_seeds(folders, [20], algo="my_idea", quick=True)
@@ -306,8 +337,7 @@ def test_the_figure_of_scores(folders):
 
 def test_the_repositorys_pages_are_filled():
     """python report.py --docs has been run since results/ or a linked file changed."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-    assert report.fill_docs(ROOT / "results", pages) == {page: page.read_text() for page in pages}
+    assert report.fill_docs(ROOT / "results", report.PAGES) == {page: page.read_text() for page in report.PAGES}
 
 
 # ---- the page ----
