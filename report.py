@@ -480,7 +480,9 @@ def speed(results: Path, part: str, about: str = "") -> str:
         for row in facts["rows"]:
             if row["part"] == part and row["what"].startswith(about) and not facts["quick"]:
                 what, unit = row["what"].removesuffix(", eager"), row["unit"].split("/")[0]
-                other = f"{row['other']:.3g} {unit} ({row['ratio']:.1f}x)" if row["other"] else ""
+                other = ""
+                if row["other"]:
+                    other = f"{row['other']:.4g} {unit} ({row['ratio']:.{1 if row['ratio'] < 10 else 0}f}x)"
                 rate = f"{row['per_second']:.3g}" if row["per_second"] and not updates else ""
                 rate = f"{row['value'] * 1e5 / 3600:.1f} h" if row["unit"] == "s/update" else rate
                 lines.append(f"| {what} | {row['value']:.3g} {unit} | {other} | {rate} |")

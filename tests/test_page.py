@@ -315,16 +315,14 @@ def test_speed_tables_come_from_what_throughput_wrote(tmp_path):
     assert report.speed(tmp_path, "world").splitlines()[2] == rollouts
     update = [f"{head} 100,000 updates |", "|---|---|---|---|", cql, idea]
     assert report.speed(tmp_path, "update").splitlines() == update
-    assert (
-        report.speed(tmp_path, "buffer").splitlines()[2] == "| 256 transitions, cpu | 1.61 ms | 5.4 ms (3.4x) | 620 |"
-    )
-    assert report.speed(tmp_path, "open").splitlines()[2] == "| Dataset | 0.004 s | 3 s (750.0x) |  |"
+    batch = "| 256 transitions, cpu | 1.61 ms | 5.4 ms (3.4x) | 620 |"
+    assert report.speed(tmp_path, "buffer").splitlines()[2] == batch
+    assert report.speed(tmp_path, "open").splitlines()[2] == "| Dataset | 0.004 s | 3 s (750x) |  |"
     page = tmp_path / "page.md"
     page.write_text("<!-- speed part=update about=cql -->\n<!-- end -->\n<!-- speed part=none -->\n<!-- end -->\n")
     text = report.fill_docs(tmp_path, [page])[page]
-    assert (
-        cql in text and "my_idea" not in text and "part=none -->\nNothing has been measured yet.\n<!-- end -->" in text
-    )
+    assert cql in text and "my_idea" not in text
+    assert "part=none -->\nNothing has been measured yet.\n<!-- end -->" in text
 
 
 def test_the_figure_of_scores(folders):
