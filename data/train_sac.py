@@ -38,7 +38,7 @@ from collect import EPISODE, GRID, POLICIES, STATE_EVERY, TABLE_5, SACPolicy  # 
 from common import EnvPool, UserError, lock_file, make_env, one_line_errors, return_statistics, standard_transitions  # noqa: E402
 
 HIDDEN, BATCH, GAMMA = 256, 256, 0.99
-STANDS, FALLEN, LEAPS, RUNS = 1.4, 1.0, 1.6, 1.6  # --balance: m, m, m and m/s; standing, the head is at 1.47 m
+STANDS, LEAPS, RUNS = 1.4, 1.6, 1.6  # --balance: m, m and m/s; a humanoid that stands has its head at 1.47 m
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Args:
     lr: float = 1e-3  # Adam, of actor, critics and temperature
     tau: float = 0.005  # Polyak rate of the target critics, per update
     entropy: float = -1.0  # target entropy per action dimension; lower: less noise
-    balance: float | None = None  # humanoid: share of standing in what the learner is paid, see balanced()
+    balance: float = 0.0  # humanoid: share of standing in what the learner is paid, see balanced()
     seed: int = 0  # of weights, actions and initial states
     actor_every: int = 250  # updates between saved actors
     runs_dir: Path = ROOT / "runs" / "sac"  # run folders: <runs_dir>/<task>
@@ -151,23 +151,19 @@ def body_columns(env) -> dict[str, slice]:
     return {name: slice(ends[name] - sizes[name], ends[name]) for name in names}
 
 
-def balanced(reward, discount, state, next_state, columns: dict[str, slice], share: float) -> tuple[np.ndarray, ...]:
-    """What the learner sees under --balance: reward and discount (B, 1), from the task's and from states (B, D).
+def balanced(reward: np.ndarray, state: np.ndarray, columns: dict[str, slice], share: float) -> np.ndarray:
+    """What the learner is paid under --balance, (B, 1): (1 - share) of the task's reward (B, 1) and `share` of standing
+    upright, both only while the head is no higher and the body no faster than in a walk. state (B, D): arrived at.
 
-    It is paid (1 - share) of the task's reward and `share` of standing upright, both only while the head is no higher
-    and the body no faster than in a walk. A fall, of the head through FALLEN, ends its episode, as in Gym's Humanoid;
-    the environment goes on. Free to leap, a humanoid learns to leap, fall, get up and leap again: that pays 510 to 560,
-    standing still 160, and runs of 376,000 and 518,000 updates (seeds 1 and 0) stayed there. Standing is what the
-    task's own reward calls so; the limits of a walk and the fall are ours."""
-    names = "head_height", "torso_vertical", "com_velocity"
-    head, vertical, velocity = (next_state[:, columns[name]] for name in names)
+    Free to leap, a humanoid learns to leap, fall, get up and leap again: that pays 510 to 560, standing still 160, and
+    runs of 376,000 and 518,000 updates (seeds 1 and 0) stayed there. Standing is what the task's own reward
+    calls so; the limits of a walk are ours."""
+    head, vertical, velocity = (state[:, columns[name]] for name in ("head_height", "torso_vertical", "com_velocity"))
     stands = 0.1 ** (np.maximum(STANDS - head, 0) / (STANDS / 4)) ** 2
     upright = np.clip((vertical[:, 2:] + 1) / 1.9, 0, 1)
     speed = np.linalg.norm(velocity, axis=1, keepdims=True)
     walks = 0.1 ** ((np.maximum(head - LEAPS, 0) / 0.25) ** 2 + np.maximum(speed - RUNS, 0) ** 2)
-    paid = walks * ((1 - share) * reward + share * 2 * stands * upright)
-    fell = (state[:, columns["head_height"]] >= FALLEN) & (head < FALLEN)
-    return paid.astype(np.float32), np.where(fell, 0, discount).astype(np.float32)
+    return (walks * ((1 - share) * reward + share * 2 * stands * upright)).astype(np.float32)
 
 
 def train(args: Args) -> None:
@@ -180,7 +176,7 @@ def train(args: Args) -> None:
     envs = [make_env(args.task, size=None) for _ in range(args.envs)]
     _, info = envs[0].reset(0)
     D, A, S = len(info["state"]), envs[0].action_dim, len(envs[0].get_state())
-    columns = body_columns(envs[0]) if args.balance is not None else None
+    columns = body_columns(envs[0]) if args.balance else None
     rounds = -(-args.steps // EPISODE)  # every environment makes one episode a round
     checkpoint, saved = out / "checkpoint.pt", {"rounds": 0, "episodes": 0}
     if checkpoint.exists():
@@ -241,11 +237,10 @@ def train(args: Args) -> None:
             if done_rounds > 0:
                 agent.scale.copy_(torch.from_numpy(np.sqrt(np.maximum(square - mean**2, 1e-4))))
                 i = rng.integers(rows.stop, size=BATCH)
-                state, action, reward = replay.state[i], replay.action[i], replay.reward[i]
-                next_state, discount = replay.next_state[i], replay.discount[i]
-                if columns:  # what is stored, recorded and printed stays the task's own
-                    reward, discount = balanced(reward, discount, state, next_state, columns, args.balance)
-                agent.update(*map(torch.from_numpy, (state, action, reward, next_state, discount)))
+                batch = [a[i] for a in (replay.state, replay.action, replay.reward, replay.next_state, replay.discount)]
+                if columns:  # what is stored, recorded and printed stays the task's own reward
+                    batch[2] = balanced(batch[2], batch[3], columns, args.balance)
+                agent.update(*map(torch.from_numpy, batch))
                 step += 1
                 if step % args.actor_every == 0:
                     agent.save_actor(out / "actors" / f"{step:07d}.npz", updates=step)

@@ -363,24 +363,18 @@ def test_where_a_humanoids_state_says_how_it_stands():
 
 
 def test_what_a_balancing_humanoid_is_paid():
-    """By hand: standing still, walking at 1 m/s, leaping to 1.85 m, flying at 2.6 m/s, lying; falling, getting up."""
+    """By hand: standing still, walking at 1 m/s, leaping to 1.85 m, flying at 2.6 m/s, lying."""
     import train_sac
 
     columns = {"head_height": slice(0, 1), "torso_vertical": slice(1, 4), "com_velocity": slice(4, 7)}
     state = np.array([[1.47, 0, 0, 1, 0, 0, 0], [1.47, 0, 0, 1, 1, 0, 0], [1.85, 0, 0, 1, 1, 0, 0],
                       [1.47, 0, 0, 1, 0, 0, 2.6], [0.2, 1, 0, 0, 0, 0, 0]], np.float32)  # fmt: skip
     reward = np.array([[1 / 3], [2], [2], [2], [0]], np.float32)
-    going_on = np.ones((5, 1), np.float32)
-    paid, discount = train_sac.balanced(reward, going_on, state, state, columns, 0.5)
-    assert paid.dtype == discount.dtype == np.float32 and paid.shape == discount.shape == (5, 1)
-    assert (discount == going_on).all()
+    paid = train_sac.balanced(reward, state, columns, 0.5)
+    assert paid.dtype == np.float32 and paid.shape == (5, 1)
     lying = 0.1 ** (1.2 / 0.35) ** 2 / 1.9
     np.testing.assert_allclose(paid[:, 0], [0.5 / 3 + 1, 2, 0.2, 0.2, lying], rtol=1e-5, atol=1e-12)
-    paid, _ = train_sac.balanced(reward, going_on, state, state, columns, 0.0)
-    np.testing.assert_allclose(paid[:2], reward[:2])
-    up_and_down = state[[0, 4, 0, 4]]
-    _, discount = train_sac.balanced(reward[:4], going_on[:4], up_and_down, np.roll(up_and_down, -1, 0), columns, 0.0)
-    assert discount[:, 0].tolist() == [0, 1, 0, 1]
+    np.testing.assert_allclose(train_sac.balanced(reward, state, columns, 0.0)[:2], reward[:2])
 
 
 @pytest.mark.slow
