@@ -729,7 +729,7 @@ def write_report(results: Path, runs: Path, out: Path) -> None:
 def main(args: Args) -> None:
     results, runs = Path(args.results_dir or HERE / "results"), Path(args.runs_dir or HERE / "runs")
     if args.add:
-        add(args.add, results)
+        add([path for path in args.add if not path.endswith(".log")], results)  # seed* finds benchmark.sh's logs, too
     elif args.compare:
         print(compare(args.compare, gather(results, runs if runs.is_dir() else None)[0]))
     elif args.docs:

@@ -259,7 +259,8 @@ def run_script(*words) -> subprocess.CompletedProcess:
 
 def test_command_line(tmp_path):
     runs = [write_run(tmp_path / f"s{seed}", seed=seed) for seed in range(2)]
-    done = run_script("report.py", "--add", *runs, "--results-dir", tmp_path / "results")
+    log = tmp_path / "s0.log"  # benchmark.sh leaves them beside the folders, where a shell's s* finds them
+    done = run_script("report.py", "--add", *runs, log, "--results-dir", tmp_path / "results")
     assert done.returncode == 0 and done.stdout.count("added") == 2, done.stderr
     (runs[0] / "finished.json").unlink()
     failed = run_script("report.py", "--add", runs[0], "--results-dir", tmp_path / "results")
