@@ -475,9 +475,13 @@ def speed(results: Path, part: str, about: str = "") -> str:
     """One part's rows, of those that begin with `about`, of results/throughput*.json (throughput.py --json)."""
     tables = []
     for file in sorted(results.glob("throughput*.json")):
-        facts, lines = json.loads(file.read_text()), []
-        updates = part in ("update", "world")
-        for row in [] if facts["quick"] else facts["rows"]:  # a rehearsal's numbers mean nothing
+        updates, lines = part in ("update", "world"), []
+        try:
+            facts = json.loads(file.read_text())
+            rows = [] if facts["quick"] else facts["rows"]  # a rehearsal's numbers mean nothing
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{file} is not what throughput.py --json writes; measure again") from None
+        for row in rows:
             if row["part"] == part and row["what"].startswith(about):
                 what, unit = row["what"].removesuffix(", eager"), row["unit"].split("/")[0]
                 other = rate = ""
@@ -731,7 +735,10 @@ def write_report(results: Path, runs: Path, out: Path) -> None:
 def main(args: Args) -> None:
     results, runs = Path(args.results_dir or HERE / "results"), Path(args.runs_dir or HERE / "runs")
     if args.add:
-        add([path for path in args.add if not path.endswith(".log")], results)  # seed* finds benchmark.sh's logs, too
+        folders = [path for path in args.add if not path.endswith(".log")]  # seed* finds benchmark.sh's logs, too
+        if not folders:
+            raise UserError("--add: these are logs; name run folders")
+        add(folders, results)
     elif args.compare:
         print(compare(args.compare, gather(results, runs if runs.is_dir() else None)[0]))
     elif args.docs:

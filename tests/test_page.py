@@ -323,6 +323,10 @@ def test_speed_tables_come_from_what_throughput_wrote(tmp_path):
     text = report.fill_docs(tmp_path, [page])[page]
     assert cql in text and "my_idea" not in text
     assert "part=none -->\nNothing has been measured yet.\n<!-- end -->" in text
+    for broken in ('{"rows": [', "[]", '{"quick": false}'):
+        (tmp_path / "throughput-y.json").write_text(broken)
+        with pytest.raises(UserError, match="throughput-y.json is not what throughput.py --json writes"):
+            report.speed(tmp_path, "update")
 
 
 def test_the_figure_of_scores(folders):

@@ -266,6 +266,8 @@ def test_command_line(tmp_path):
     failed = run_script("report.py", "--add", runs[0], "--results-dir", tmp_path / "results")
     assert failed.returncode == 1 and failed.stderr.startswith(f"error: {runs[0]}") and failed.stderr.count("\n") == 1
     assert len(read(tmp_path / "results")) == 2
+    failed = run_script("report.py", "--add", log, "--results-dir", tmp_path / "results")
+    assert failed.returncode == 1 and failed.stderr == "error: --add: these are logs; name run folders\n"
 
 
 def test_throughput_rehearsal(tmp_path):
