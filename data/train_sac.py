@@ -38,7 +38,7 @@ from collect import EPISODE, GRID, POLICIES, STATE_EVERY, TABLE_5, SACPolicy  # 
 from common import EnvPool, UserError, lock_file, make_env, one_line_errors, return_statistics, standard_transitions  # noqa: E402
 
 HIDDEN, BATCH, GAMMA = 256, 256, 0.99
-STANDS, LEAPS, RUNS = 1.4, 1.6, 1.6  # --balance: m, m and m/s; a humanoid that stands has its head at 1.47 m
+STANDING, FALLEN = 1.3, 1.0  # --upright, m: the root of a humanoid on its feet, the head of one that falls
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Args:
     lr: float = 1e-3  # Adam, of actor, critics and temperature
     tau: float = 0.005  # Polyak rate of the target critics, per update
     entropy: float = -1.0  # target entropy per action dimension; lower: less noise
-    balance: float = 0.0  # humanoid: share of standing in what the learner is paid, see balanced()
+    upright: int = 0  # humanoid: so many of --envs start on their feet, and again whenever they fall, see stand()
     seed: int = 0  # of weights, actions and initial states
     actor_every: int = 250  # updates between saved actors
     runs_dir: Path = ROOT / "runs" / "sac"  # run folders: <runs_dir>/<task>
@@ -141,29 +141,20 @@ class Store:
             setattr(self, name, old)
 
 
-def body_columns(env) -> dict[str, slice]:
-    """Where in a state are the head's height (1, m), the torso's vertical (3) and the velocity of the mass (3, m/s)."""
-    sizes = {name: int(np.prod(spec.shape)) for name, spec in env.env.observation_spec().items()}
-    ends = dict(zip(sizes, np.cumsum(list(sizes.values())).tolist()))
-    names = "head_height", "torso_vertical", "com_velocity"
-    if not all(name in sizes for name in names):
-        raise UserError("--balance: this task's states are not a humanoid's")
-    return {name: slice(ends[name] - sizes[name], ends[name]) for name in names}
+def stand(env, rng: np.random.Generator) -> np.ndarray:
+    """Puts a humanoid on its feet, facing anywhere, moving forwards at up to 1 m/s. Returns its state (D,) float32.
 
-
-def balanced(reward: np.ndarray, state: np.ndarray, columns: dict[str, slice], share: float) -> np.ndarray:
-    """What the learner is paid under --balance, (B, 1): (1 - share) of the task's reward (B, 1) and `share` of standing
-    upright, both only while the head is no higher and the body no faster than in a walk. state (B, D): arrived at.
-
-    Free to leap, a humanoid learns to leap, fall, get up and leap again: that pays 510 to 560, standing still 160, and
-    runs of 376,000 and 518,000 updates (seeds 1 and 0) stayed there. Standing is what the task's own reward
-    calls so; the limits of a walk are ours."""
-    head, vertical, velocity = (state[:, columns[name]] for name in ("head_height", "torso_vertical", "com_velocity"))
-    stands = 0.1 ** (np.maximum(STANDS - head, 0) / (STANDS / 4)) ** 2
-    upright = np.clip((vertical[:, 2:] + 1) / 1.9, 0, 1)
-    speed = np.linalg.norm(velocity, axis=1, keepdims=True)
-    walks = 0.1 ** ((np.maximum(head - LEAPS, 0) / 0.25) ** 2 + np.maximum(speed - RUNS, 0) ** 2)
-    return (walks * ((1 - share) * reward + share * 2 * stands * upright)).astype(np.float32)
+    From the task's own starts a humanoid learns to get up first, and then to leap, fall and get up again. With most
+    environments on their feet it learns to walk first, while a fall still costs all that is to come: rewards and the
+    end of an episode stay the task's, and what lying is worth is learned where episodes start as they do."""
+    physics, turn = env.physics, rng.uniform(-np.pi, np.pi)
+    with physics.reset_context():
+        physics.data.qpos[:] = physics.model.qpos0
+        physics.data.qpos[2:7] = STANDING, np.cos(turn / 2), 0, 0, np.sin(turn / 2)
+        physics.data.qpos[7:] += rng.uniform(-0.1, 0.1, len(physics.data.qpos) - 7)
+        physics.data.qvel[:2] = rng.uniform(0, 1) * np.array([np.cos(turn), np.sin(turn)])
+    parts = env.env.task.get_observation(physics).values()
+    return np.concatenate([np.ravel(part) for part in parts]).astype(np.float32)
 
 
 def train(args: Args) -> None:
@@ -176,7 +167,8 @@ def train(args: Args) -> None:
     envs = [make_env(args.task, size=None) for _ in range(args.envs)]
     _, info = envs[0].reset(0)
     D, A, S = len(info["state"]), envs[0].action_dim, len(envs[0].get_state())
-    columns = body_columns(envs[0]) if args.balance else None
+    if args.upright and (not hasattr(envs[0].physics, "head_height") or args.upright >= args.envs):
+        raise UserError("--upright is for humanoids, and for fewer than --envs: the others start as the task does")
     rounds = -(-args.steps // EPISODE)  # every environment makes one episode a round
     checkpoint, saved = out / "checkpoint.pt", {"rounds": 0, "episodes": 0}
     if checkpoint.exists():
@@ -210,6 +202,7 @@ def train(args: Args) -> None:
     while done_rounds < rounds:
         seeds = [args.seed * 1_000_003 + episodes + i for i in range(args.envs)]
         states = np.stack([env.reset(seed)[1]["state"] for env, seed in zip(envs, seeds)])
+        states[: args.upright] = [stand(env, rng) for env in envs[: args.upright]]
         returns = np.zeros(args.envs)
         for t in range(EPISODE):
             if t % STATE_EVERY == 0:
@@ -230,6 +223,9 @@ def train(args: Args) -> None:
                 replay.reward[rows.start + i], replay.discount[rows.start + i] = (reward, 1.0 - terminal)
                 returns[i] += reward
             replay.next_state[rows] = states
+            for i, env in enumerate(envs[: args.upright]):
+                if env.physics.head_height() < FALLEN:
+                    states[i] = stand(env, rng)
             record.action[episodes : episodes + args.envs, t] = grid
             weight = args.envs / max(rows.stop, 1)  # running moments over all transitions so far
             mean += weight * (states.mean(0) - mean)
@@ -238,12 +234,11 @@ def train(args: Args) -> None:
                 agent.scale.copy_(torch.from_numpy(np.sqrt(np.maximum(square - mean**2, 1e-4))))
                 i = rng.integers(rows.stop, size=BATCH)
                 batch = [a[i] for a in (replay.state, replay.action, replay.reward, replay.next_state, replay.discount)]
-                if columns:  # what is stored, recorded and printed stays the task's own reward
-                    batch[2] = balanced(batch[2], batch[3], columns, args.balance)
                 agent.update(*map(torch.from_numpy, batch))
                 step += 1
                 if step % args.actor_every == 0:
                     agent.save_actor(out / "actors" / f"{step:07d}.npz", updates=step)
+        returns[: args.upright] = np.nan  # not the task's episodes
         made = slice(episodes, episodes + args.envs)
         record.seed[made], record.ret[made], record.updates[made] = seeds, returns, step
         done_rounds, episodes = done_rounds + 1, made.stop
@@ -258,7 +253,7 @@ def train(args: Args) -> None:
         rate = (step - start_step) / (time.time() - start_time)
         left = f"{(rounds - done_rounds) * EPISODE / rate / 60:5.1f} min left" if rate else ""
         print(f"{step:7d} updates  {episodes * EPISODE:8d} transitions  sampled return "
-              f"{returns.mean():6.1f}  {rate:5.1f} updates/s  {left}", flush=True)  # fmt: skip
+              f"{np.nanmean(returns):6.1f}  {rate:5.1f} updates/s  {left}", flush=True)  # fmt: skip
 
 
 def returns_of(task: str, actor: Path, sampled: bool, episodes: int = 50) -> np.ndarray:
@@ -282,6 +277,7 @@ def export_actor(args: Args, name: str, out: Path, target: Path) -> None:
     updates, returns = (
         np.load(out / "record" / f"{n}.npy", mmap_mode="r")[: saved["episodes"]] for n in ("updates", "ret")
     )
+    updates, returns = updates[~np.isnan(returns)], returns[~np.isnan(returns)]
     ends, first = np.unique(updates, return_index=True)  # of the rounds
     scored = np.add.reduceat(returns, first) / np.diff([*first, len(returns)])
     steps = np.array(sorted(int(path.stem) for path in (out / "actors").glob("*.npz")))
@@ -306,6 +302,8 @@ def export_mixed(args: Args, out: Path, target: Path) -> None:
     count = standard_transitions(args.task, "mixed") // EPISODE
     names = ("seed", "action", "physics", "ret")
     arrays = {name: np.load(out / "record" / f"{name}.npy", mmap_mode="r")[:count] for name in names}
+    if np.isnan(arrays["ret"]).any():
+        raise UserError(f"--export mixed: under --upright, episodes of {out} began as none of the task's do")
     np.savez_compressed(target / "mixed.npz", **arrays)
     size = (target / "mixed.npz").stat().st_size / 1e6
     print(f"mixed: {count} episodes, {size:.1f} MB, returns {return_statistics(arrays['ret'])}")

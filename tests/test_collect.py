@@ -348,47 +348,45 @@ def test_sac_killed_between_two_checkpoints_ends_as_if_never_killed(tmp_path):
     assert len(replay) == 5500 and (replay[4000:] > 0).mean() > 0.5
 
 
-def test_where_a_humanoids_state_says_how_it_stands():
+def test_a_humanoid_is_put_on_its_feet():
     import train_sac
 
-    with pytest.raises(UserError, match="--balance: this task's states are not a humanoid's"):
-        train_sac.body_columns(make_env("walker-walk", size=None))
-    env = make_env("humanoid-walk", size=None)
+    env, rng = make_env("humanoid-walk", size=None), np.random.default_rng(0)
     env.reset(0)
-    state = env.step(np.zeros(env.action_dim))[4]["state"]
-    found = {name: state[columns] for name, columns in train_sac.body_columns(env).items()}
-    np.testing.assert_allclose(found["head_height"], env.physics.head_height(), rtol=1e-6)
-    np.testing.assert_allclose(found["torso_vertical"][2], env.physics.torso_upright(), rtol=1e-6)
-    np.testing.assert_allclose(found["com_velocity"], env.physics.center_of_mass_velocity(), rtol=1e-6, atol=1e-7)
+    states = [train_sac.stand(env, rng) for _ in range(20)]
+    assert len({state.tobytes() for state in states}) == 20 and states[0].dtype == np.float32
+    assert env.physics.head_height() == pytest.approx(1.49, abs=0.02)
+    assert env.physics.torso_upright() > 0.98
+    forwards, velocity = env.physics.named.data.xmat["torso", ["xx", "yx"]], env.physics.center_of_mass_velocity()[:2]
+    assert forwards @ velocity == pytest.approx(np.linalg.norm(velocity)) and 0 < forwards @ velocity < 1
+    steps = [env.step(np.zeros(env.action_dim)) for _ in range(5)]  # it stands, though it does nothing
+    assert steps[-1][1] > 0.3 and np.abs(steps[-1][4]["state"] - states[-1]).max() < 10
+    np.testing.assert_array_equal(env.reset(0)[1]["state"], env.reset(0)[1]["state"])
 
 
-def test_what_a_balancing_humanoid_is_paid():
-    """By hand: standing still, walking at 1 m/s, leaping to 1.85 m, flying at 2.6 m/s, lying."""
-    import train_sac
-
-    columns = {"head_height": slice(0, 1), "torso_vertical": slice(1, 4), "com_velocity": slice(4, 7)}
-    state = np.array([[1.47, 0, 0, 1, 0, 0, 0], [1.47, 0, 0, 1, 1, 0, 0], [1.85, 0, 0, 1, 1, 0, 0],
-                      [1.47, 0, 0, 1, 0, 0, 2.6], [0.2, 1, 0, 0, 0, 0, 0]], np.float32)  # fmt: skip
-    reward = np.array([[1 / 3], [2], [2], [2], [0]], np.float32)
-    paid = train_sac.balanced(reward, state, columns, 0.5)
-    assert paid.dtype == np.float32 and paid.shape == (5, 1)
-    lying = 0.1 ** (1.2 / 0.35) ** 2 / 1.9
-    np.testing.assert_allclose(paid[:, 0], [0.5 / 3 + 1, 2, 0.2, 0.2, lying], rtol=1e-5, atol=1e-12)
-    np.testing.assert_allclose(train_sac.balanced(reward, state, columns, 0.0)[:2], reward[:2])
+def test_upright_is_for_some_environments_of_a_humanoid(tmp_path):
+    for words in (("--upright", 1), ("--upright", 2, "--task", "humanoid-walk")):
+        done = run_python(*sac(tmp_path, 500, *words))
+        assert done.returncode == 1 and done.stderr.startswith("error: --upright is for humanoids, and for fewer than")
 
 
 @pytest.mark.slow
-def test_balance_is_what_the_learner_sees_and_not_the_record(tmp_path):
-    """A first round only collects, the second learns: other networks, the same rewards of the first."""
-    folders = tmp_path / "plain", tmp_path / "balanced"
-    for folder, share in zip(folders, (0, 0.5)):
-        done = run_python(*sac(folder, 1000), "--task", "humanoid-walk", "--balance", share)
-        assert done.returncode == 0, done.stderr
-    rewards = [np.load(folder / "humanoid-walk/replay/reward.npy") for folder in folders]
-    np.testing.assert_array_equal(rewards[0][:1000], rewards[1][:1000])
-    plain, other = (torch.load(folder / "humanoid-walk/checkpoint.pt", weights_only=True) for folder in folders)
-    assert plain["step"] == other["step"] == 500
-    assert not torch.equal(plain["agent"]["q1.0.weight"], other["agent"]["q1.0.weight"])
+def test_upright_humanoids_start_again_when_they_fall(tmp_path):
+    """One environment of two: its heads stay up, the other's do not; its return does not count as the task's."""
+    done = run_python(*sac(tmp_path, 500, "--task", "humanoid-walk", "--upright", 1))
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "humanoid-walk"
+    state, after = (np.load(folder / f"replay/{name}.npy").reshape(500, 2, -1) for name in ("state", "next_state"))
+    head = 21  # its column, behind the joint angles
+    fallen = after[..., head] < 1
+    assert state[:, 0, head].min() >= 1 and (state[50:, 1, head] < 1).all()
+    restarts = (state[1:] != after[:-1]).any(-1)
+    np.testing.assert_array_equal(restarts[:, 0], fallen[:-1, 0])
+    assert 20 < restarts[:, 0].sum() < 100 and not restarts[:, 1].any()
+    returns = np.load(folder / "record/ret.npy")
+    assert np.isnan(returns[0]) and 0 <= returns[1] < 10 and f"sampled return {returns[1]:6.1f}" in done.stdout
+    refused = run_python(*sac(tmp_path, 500, "--task", "humanoid-walk", "--export", "mixed"))
+    assert refused.returncode == 1 and "began as none of the task's do" in refused.stderr
 
 
 def test_exporting_what_was_never_trained_is_one_line(tmp_path):
