@@ -38,7 +38,8 @@ from collect import EPISODE, GRID, POLICIES, STATE_EVERY, TABLE_5, SACPolicy  # 
 from common import EnvPool, UserError, lock_file, make_env, one_line_errors, return_statistics, standard_transitions  # noqa: E402
 
 HIDDEN, BATCH, GAMMA = 256, 256, 0.99
-STANDING, FALLEN = 1.3, 1.0  # --upright, m: the root of a humanoid on its feet, the head of one that falls
+STANDING = 1.3  # m: the root of a humanoid on its feet
+FALLEN, RISEN = 1.0, 1.3  # m: its head when it falls, and when it is up again
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Args:
     tau: float = 0.005  # Polyak rate of the target critics, per update
     entropy: float = -1.0  # target entropy per action dimension; lower: less noise
     upright: int = 0  # humanoid: so many of --envs start on their feet, and again whenever they fall, see stand()
+    guided: int = 0  # humanoid: in so many others the shipped medium policy gets it up, whenever it is down
     seed: int = 0  # of weights, actions and initial states
     actor_every: int = 250  # updates between saved actors
     runs_dir: Path = ROOT / "runs" / "sac"  # run folders: <runs_dir>/<task>
@@ -146,7 +148,8 @@ def stand(env, rng: np.random.Generator) -> np.ndarray:
 
     From the task's own starts a humanoid learns to get up first, and then to leap, fall and get up again. With most
     environments on their feet it learns to walk first, while a fall still costs all that is to come: rewards and the
-    end of an episode stay the task's, and what lying is worth is learned where episodes start as they do."""
+    end of an episode stay the task's, and what lying is worth is learned where episodes start as the task's do. How to
+    get up it then learns from a policy that can (--guided); by itself it had not after 126,000 updates."""
     physics, turn = env.physics, rng.uniform(-np.pi, np.pi)
     with physics.reset_context():
         physics.data.qpos[:] = physics.model.qpos0
@@ -167,8 +170,10 @@ def train(args: Args) -> None:
     envs = [make_env(args.task, size=None) for _ in range(args.envs)]
     _, info = envs[0].reset(0)
     D, A, S = len(info["state"]), envs[0].action_dim, len(envs[0].get_state())
-    if args.upright and (not hasattr(envs[0].physics, "head_height") or args.upright >= args.envs):
-        raise UserError("--upright is for humanoids, and for fewer than --envs: the others start as the task does")
+    if args.upright + args.guided and (
+        not hasattr(envs[0].physics, "head_height") or args.upright + args.guided >= args.envs
+    ):
+        raise UserError("--upright and --guided are for humanoids, and together for fewer than --envs")
     rounds = -(-args.steps // EPISODE)  # every environment makes one episode a round
     checkpoint, saved = out / "checkpoint.pt", {"rounds": 0, "episodes": 0}
     if checkpoint.exists():
@@ -187,6 +192,7 @@ def train(args: Args) -> None:
         seed=((), np.int64), action=((EPISODE, A), np.int16), ret=((), f64),
         physics=((EPISODE // STATE_EVERY, S), f64), updates=((), np.int64),
     )  # fmt: skip
+    guide = SACPolicy(POLICIES / args.task / "medium.npz") if args.guided else None
     agent = SAC(D, A, args.lr, args.tau, args.entropy)
     step, mean, square = 0, np.zeros(D), np.ones(D)
     if episodes:
@@ -202,7 +208,8 @@ def train(args: Args) -> None:
     while done_rounds < rounds:
         seeds = [args.seed * 1_000_003 + episodes + i for i in range(args.envs)]
         states = np.stack([env.reset(seed)[1]["state"] for env, seed in zip(envs, seeds)])
-        states[: args.upright] = [stand(env, rng) for env in envs[: args.upright]]
+        for i, env in enumerate(envs[: args.upright]):
+            states[i] = stand(env, rng)
         returns = np.zeros(args.envs)
         for t in range(EPISODE):
             if t % STATE_EVERY == 0:
@@ -213,6 +220,9 @@ def train(args: Args) -> None:
             else:
                 with torch.no_grad():
                     action = agent.sample(torch.from_numpy(states) / agent.scale)[0].numpy()
+                for i in range(args.upright, args.upright + args.guided):
+                    if envs[i].physics.head_height() < RISEN:
+                        action[i] = guide.act(states[i], rng)
             grid = np.rint(action * GRID).astype(np.int16)
             action = grid.astype(f32) / f32(GRID)
             rows = slice(episodes * EPISODE + t * args.envs, episodes * EPISODE + (t + 1) * args.envs)
@@ -238,7 +248,7 @@ def train(args: Args) -> None:
                 step += 1
                 if step % args.actor_every == 0:
                     agent.save_actor(out / "actors" / f"{step:07d}.npz", updates=step)
-        returns[: args.upright] = np.nan  # not the task's episodes
+        returns[: args.upright + args.guided] = np.nan  # not episodes of this agent from the task's starts
         made = slice(episodes, episodes + args.envs)
         record.seed[made], record.ret[made], record.updates[made] = seeds, returns, step
         done_rounds, episodes = done_rounds + 1, made.stop
@@ -303,7 +313,7 @@ def export_mixed(args: Args, out: Path, target: Path) -> None:
     names = ("seed", "action", "physics", "ret")
     arrays = {name: np.load(out / "record" / f"{name}.npy", mmap_mode="r")[:count] for name in names}
     if np.isnan(arrays["ret"]).any():
-        raise UserError(f"--export mixed: under --upright, episodes of {out} began as none of the task's do")
+        raise UserError(f"--export mixed: the first episodes of {out} are of --upright or --guided")
     np.savez_compressed(target / "mixed.npz", **arrays)
     size = (target / "mixed.npz").stat().st_size / 1e6
     print(f"mixed: {count} episodes, {size:.1f} MB, returns {return_statistics(arrays['ret'])}")

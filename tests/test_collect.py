@@ -364,10 +364,10 @@ def test_a_humanoid_is_put_on_its_feet():
     np.testing.assert_array_equal(env.reset(0)[1]["state"], env.reset(0)[1]["state"])
 
 
-def test_upright_is_for_some_environments_of_a_humanoid(tmp_path):
-    for words in (("--upright", 1), ("--upright", 2, "--task", "humanoid-walk")):
+def test_upright_and_guided_are_for_some_environments_of_a_humanoid(tmp_path):
+    for words in (("--upright", 1), ("--guided", 1), ("--upright", 1, "--guided", 1, "--task", "humanoid-walk")):
         done = run_python(*sac(tmp_path, 500, *words))
-        assert done.returncode == 1 and done.stderr.startswith("error: --upright is for humanoids, and for fewer than")
+        assert done.returncode == 1 and done.stderr.startswith("error: --upright and --guided are for humanoids, and")
 
 
 @pytest.mark.slow
@@ -386,7 +386,18 @@ def test_upright_humanoids_start_again_when_they_fall(tmp_path):
     returns = np.load(folder / "record/ret.npy")
     assert np.isnan(returns[0]) and 0 <= returns[1] < 10 and f"sampled return {returns[1]:6.1f}" in done.stdout
     refused = run_python(*sac(tmp_path, 500, "--task", "humanoid-walk", "--export", "mixed"))
-    assert refused.returncode == 1 and "began as none of the task's do" in refused.stderr
+    assert refused.returncode == 1 and "are of --upright or --guided" in refused.stderr
+
+
+@pytest.mark.slow
+def test_guided_humanoids_are_got_up(tmp_path):
+    """After a round of uniform actions; the environment beside it goes on lying."""
+    done = run_python(*sac(tmp_path, 1000, "--task", "humanoid-walk", "--guided", 1))
+    assert done.returncode == 0, done.stderr
+    head = np.load(tmp_path / "humanoid-walk/replay/state.npy").reshape(1000, 2, -1)[..., 21]
+    assert (head[50:500] < 1).all() and (head[550:, 1] < 1).all()
+    assert (head[550:, 0] > 1.2).mean() > 0.05
+    assert np.isnan(np.load(tmp_path / "humanoid-walk/record/ret.npy")).tolist() == [True, False] * 2
 
 
 def test_exporting_what_was_never_trained_is_one_line(tmp_path):
