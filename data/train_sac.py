@@ -33,7 +33,7 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))
-from collect import EPISODE, GRID, POLICIES, STATE_EVERY, TABLE_5, SACPolicy  # noqa: E402
+from collect import EPISODE, GRID, POLICIES, STATE_EVERY, TABLE_5, SACPolicy, policy_file  # noqa: E402
 
 from common import EnvPool, UserError, lock_file, make_env, one_line_errors, return_statistics, standard_transitions  # noqa: E402
 
@@ -192,7 +192,7 @@ def train(args: Args) -> None:
         seed=((), np.int64), action=((EPISODE, A), np.int16), ret=((), f64),
         physics=((EPISODE // STATE_EVERY, S), f64), updates=((), np.int64),
     )  # fmt: skip
-    guide = SACPolicy(POLICIES / args.task / "medium.npz") if args.guided else None
+    guide = SACPolicy(policy_file(args.task, "medium")) if args.guided else None
     agent = SAC(D, A, args.lr, args.tau, args.entropy)
     step, mean, square = 0, np.zeros(D), np.ones(D)
     if episodes:
