@@ -149,7 +149,8 @@ def stand(env, rng: np.random.Generator) -> np.ndarray:
     From the task's own starts a humanoid learns to get up first, and then to leap, fall and get up again. With most
     environments on their feet it learns to walk first, while a fall still costs all that is to come: rewards and the
     end of an episode stay the task's, and what lying is worth is learned where episodes start as the task's do. How to
-    get up it then learns from a policy that can (--guided); by itself it had not after 126,000 updates."""
+    get up it then learns from a policy that can (--guided); by itself it had not after 126,000 updates of seed 0
+    (--envs 8 --tau 0.01 --upright 6, from 88,000 on --upright 3)."""
     physics, turn = env.physics, rng.uniform(-np.pi, np.pi)
     with physics.reset_context():
         physics.data.qpos[:] = physics.model.qpos0
@@ -170,9 +171,8 @@ def train(args: Args) -> None:
     envs = [make_env(args.task, size=None) for _ in range(args.envs)]
     _, info = envs[0].reset(0)
     D, A, S = len(info["state"]), envs[0].action_dim, len(envs[0].get_state())
-    if args.upright + args.guided and (
-        not hasattr(envs[0].physics, "head_height") or args.upright + args.guided >= args.envs
-    ):
+    helped = args.upright + args.guided  # environments whose episodes are not the agent's own from the task's starts
+    if helped and (helped >= args.envs or not hasattr(envs[0].physics, "head_height")):
         raise UserError("--upright and --guided are for humanoids, and together for fewer than --envs")
     rounds = -(-args.steps // EPISODE)  # every environment makes one episode a round
     checkpoint, saved = out / "checkpoint.pt", {"rounds": 0, "episodes": 0}
@@ -220,7 +220,7 @@ def train(args: Args) -> None:
             else:
                 with torch.no_grad():
                     action = agent.sample(torch.from_numpy(states) / agent.scale)[0].numpy()
-                for i in range(args.upright, args.upright + args.guided):
+                for i in range(args.upright, helped):
                     if envs[i].physics.head_height() < RISEN:
                         action[i] = guide.act(states[i], rng)
             grid = np.rint(action * GRID).astype(np.int16)
@@ -248,7 +248,7 @@ def train(args: Args) -> None:
                 step += 1
                 if step % args.actor_every == 0:
                     agent.save_actor(out / "actors" / f"{step:07d}.npz", updates=step)
-        returns[: args.upright + args.guided] = np.nan  # not episodes of this agent from the task's starts
+        returns[:helped] = np.nan
         made = slice(episodes, episodes + args.envs)
         record.seed[made], record.ret[made], record.updates[made] = seeds, returns, step
         done_rounds, episodes = done_rounds + 1, made.stop
