@@ -50,6 +50,7 @@ class Args:
     lr: float = 1e-3  # Adam, of actor, critics and temperature
     tau: float = 0.005  # Polyak rate of the target critics, per update
     entropy: float = -1.0  # target entropy per action dimension; lower: less noise
+    mean_penalty: float = 0.0  # weight of the squared means before tanh, in the actor's loss: off the bounds
     upright: int = 0  # humanoid: so many of --envs start on their feet, and again whenever they fall, see stand()
     guided: int = 0  # humanoid: in so many others the shipped medium policy gets it up, whenever it is down
     seed: int = 0  # of weights, actions and initial states
@@ -68,9 +69,9 @@ def mlp(inputs: int, outputs: int) -> nn.Sequential:
 class SAC(nn.Module):
     """Twin critics, tanh-Gaussian actor, learned temperature. States are divided by `scale` (D,), a buffer."""
 
-    def __init__(self, state_dim: int, action_dim: int, lr: float, tau: float, entropy: float = -1.0):
+    def __init__(self, state_dim: int, action_dim: int, lr: float, tau: float, entropy: float = -1.0, mean_penalty=0.0):
         super().__init__()
-        self.tau, self.target_entropy = tau, entropy * action_dim
+        self.tau, self.target_entropy, self.mean_penalty = tau, entropy * action_dim, mean_penalty
         self.actor = mlp(state_dim, 2 * action_dim)
         self.q1, self.q2 = (mlp(state_dim + action_dim, 1) for _ in range(2))
         self.q1_target, self.q2_target = (mlp(state_dim + action_dim, 1) for _ in range(2))
@@ -86,28 +87,29 @@ class SAC(nn.Module):
         }
         self.critic_pairs = list(zip(critics, [*self.q1_target.parameters(), *self.q2_target.parameters()]))
 
-    def sample(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """state (B, D), scaled -> action (B, A) in (-1, 1), its log-density (B, 1)."""
+    def sample(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """state (B, D), scaled -> action (B, A) in (-1, 1), its log-density (B, 1), the mean before tanh (B, A)."""
         mean, log_std = self.actor(state).chunk(2, -1)
         log_std = -5 + 3.5 * (1 + torch.tanh(log_std))  # std between e^-5 and e^2
         raw = mean + log_std.exp() * torch.randn_like(mean)
         normal = -0.5 * ((raw - mean) / log_std.exp()).square() - log_std - 0.9189385
         squash = 2 * (0.6931472 - raw - F.softplus(-2 * raw))  # log(1 - tanh(raw)^2)
-        return torch.tanh(raw), (normal - squash).sum(-1, keepdim=True)
+        return torch.tanh(raw), (normal - squash).sum(-1, keepdim=True), mean
 
     def update(self, state, action, reward, next_state, discount) -> None:
         state, next_state, alpha = (state / self.scale, next_state / self.scale, self.log_alpha.exp().detach())
         with torch.no_grad():
-            next_action, next_log_prob = self.sample(next_state)
+            next_action, next_log_prob, _ = self.sample(next_state)
             pair = torch.cat([next_state, next_action], -1)
             next_value = torch.minimum(self.q1_target(pair), self.q2_target(pair)) - alpha * next_log_prob
             target_q = reward + discount * GAMMA * next_value
         pair = torch.cat([state, action], -1)
         critic_loss = F.mse_loss(self.q1(pair), target_q) + F.mse_loss(self.q2(pair), target_q)
         self._step("critic", critic_loss)
-        sampled, log_prob = self.sample(state)
+        sampled, log_prob, mean = self.sample(state)
         pair = torch.cat([state, sampled], -1)
-        self._step("actor", (alpha * log_prob - torch.minimum(self.q1(pair), self.q2(pair))).mean())
+        actor_loss = alpha * log_prob - torch.minimum(self.q1(pair), self.q2(pair))
+        self._step("actor", (actor_loss + self.mean_penalty * mean.square().sum(-1, keepdim=True)).mean())
         self._step("alpha", -(self.log_alpha * (log_prob.detach().mean() + self.target_entropy)))
         with torch.no_grad():
             online, target = zip(*self.critic_pairs)
@@ -172,6 +174,8 @@ def train(args: Args) -> None:
     _, info = envs[0].reset(0)
     D, A, S = len(info["state"]), envs[0].action_dim, len(envs[0].get_state())
     helped = args.upright + args.guided  # environments whose episodes are not the agent's own from the task's starts
+    if min(args.upright, args.guided) < 0:
+        raise UserError("--upright and --guided are numbers of environments: 0 or more")
     if helped and (helped >= args.envs or not hasattr(envs[0].physics, "head_height")):
         raise UserError("--upright and --guided are for humanoids, and together for fewer than --envs")
     rounds = -(-args.steps // EPISODE)  # every environment makes one episode a round
@@ -193,7 +197,7 @@ def train(args: Args) -> None:
         physics=((EPISODE // STATE_EVERY, S), f64), updates=((), np.int64),
     )  # fmt: skip
     guide = SACPolicy(policy_file(args.task, "medium")) if args.guided else None
-    agent = SAC(D, A, args.lr, args.tau, args.entropy)
+    agent = SAC(D, A, args.lr, args.tau, args.entropy, args.mean_penalty)
     step, mean, square = 0, np.zeros(D), np.ones(D)
     if episodes:
         agent.load_state_dict(saved["agent"])

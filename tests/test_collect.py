@@ -198,6 +198,25 @@ def test_the_actor_in_numpy_is_the_trained_one(tmp_path):
         assert actions.dtype == np.float32 and np.array_equal(actions, np.float32(np.rint(actions * 32767) / 32767))
 
 
+def test_the_mean_penalty_takes_the_actions_off_their_bounds():
+    from train_sac import SAC
+
+    rng = np.random.default_rng(0)
+    state, next_state = (torch.from_numpy(rng.normal(size=(64, 5)).astype(np.float32)) for _ in range(2))
+    action = torch.from_numpy(rng.uniform(-1, 1, (64, 3)).astype(np.float32))
+    reward, discount = torch.ones(64, 1), torch.ones(64, 1)
+    sizes = {}
+    for penalty in (0.0, 1.0):
+        torch.manual_seed(0)
+        agent = SAC(5, 3, lr=1e-2, tau=0.005, mean_penalty=penalty)
+        with torch.no_grad():
+            agent.actor[-1].bias[:3] = 3.0  # bang-bang: tanh(3) = 0.995
+        for _ in range(30):
+            agent.update(state, action, reward, next_state, discount)
+        sizes[penalty] = agent.sample(state)[2].square().mean().item()
+    assert sizes[1.0] < 0.7 * sizes[0.0], sizes
+
+
 def test_medexp_lists_two_parts(short, policies, tmp_path):
     folder = make(tmp_path, "medexp", episodes=4)
     meta = json.loads((folder / "meta.json").read_text())
@@ -368,6 +387,10 @@ def test_upright_and_guided_are_for_some_environments_of_a_humanoid(tmp_path):
     for words in (("--upright", 1), ("--guided", 1), ("--upright", 1, "--guided", 1, "--task", "humanoid-walk")):
         done = run_python(*sac(tmp_path, 500, *words))
         assert done.returncode == 1 and done.stderr.startswith("error: --upright and --guided are for humanoids, and")
+    done = run_python(*sac(tmp_path, 500, "--upright=-1", "--task", "humanoid-walk"))
+    assert (
+        done.returncode == 1 and done.stderr == "error: --upright and --guided are numbers of environments: 0 or more\n"
+    )
 
 
 @pytest.mark.slow
