@@ -388,9 +388,7 @@ def test_upright_and_guided_are_for_some_environments_of_a_humanoid(tmp_path):
         done = run_python(*sac(tmp_path, 500, *words))
         assert done.returncode == 1 and done.stderr.startswith("error: --upright and --guided are for humanoids, and")
     done = run_python(*sac(tmp_path, 500, "--upright=-1", "--task", "humanoid-walk"))
-    assert (
-        done.returncode == 1 and done.stderr == "error: --upright and --guided are numbers of environments: 0 or more\n"
-    )
+    assert done.returncode == 1 and done.stderr.endswith("are numbers of environments: 0 or more\n")
 
 
 @pytest.mark.slow
