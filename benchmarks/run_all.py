@@ -8,7 +8,8 @@
 
 Missing sets are made first. Finished runs are left alone and stopped ones continue, so call it again after an
 interruption; Ctrl-C stops every run with a checkpoint. What a run prints is in <its folder>.log. At the end, report.py
-writes report/ and failures are named. The status is 0 if every run that is possible has finished.
+writes report/ and failures are named. The status is 0 if every run that is possible, and that no other process runs,
+has finished.
 
 Nothing here is known by an algorithm's name: a file's own Args, TUNED and QUICK are read, so your algos/my_idea.py is a
 row like any other."""
@@ -35,10 +36,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[1:1] = [str(ROOT), str(ROOT / "data")]
-from collect import PARTS, policy_file  # noqa: E402
+from collect import PARTS, POLICIES, policy_file  # noqa: E402
 
 from common import (  # noqa: E402
     FREE_FLAGS,
+    MANIPULATION,
     NAMED_SETS,
     STANDARD_SETS,
     Dataset,
@@ -48,6 +50,7 @@ from common import (  # noqa: E402
     cores,
     kitchen_problem,
     lock_file,
+    make_env,
     one_line_errors,
     read_meta,
     run_folder,
@@ -99,7 +102,7 @@ class Row:
 
 def list_rows(args: Args, extra: list[str]) -> list[Row]:
     if args.algos:
-        modules = {algo: load(algo) for algo in args.algos.split(",")}
+        modules = {algo: load(algo) for algo in names_in("algos", args.algos)}
     else:
         modules = {}
         for algo in sorted(file.stem for file in (ROOT / "algos").glob("*.py")):
@@ -108,13 +111,22 @@ def list_rows(args: Args, extra: list[str]) -> list[Row]:
             except UserError as error:
                 print(f"# left out: {error}")
     seeds = range(int(args.seeds)) if args.seeds.isdigit() else [int(seed) for seed in args.seeds.split(",")]
-    found = {}
-    for task, dataset, (algo, module) in itertools.product(
-        args.tasks.split(","), args.datasets.split(","), modules.items()
-    ):
+    tasks, datasets, found = names_in("tasks", args.tasks), names_in("datasets", args.datasets), {}
+    for task in tasks if any(dataset in NAMED_SETS for dataset in datasets) else ():
+        if not task.startswith(MANIPULATION) and not (POLICIES / task).is_dir():
+            make_env(task, size=None).close()  # names the tasks there are, if this is none
+    for task, dataset, (algo, module) in itertools.product(tasks, datasets, modules.items()):
         for row in rows_of(algo, module, task, dataset, seeds, extra):
             found.setdefault(row.run, row)  # a set that is given by its path has one task, whatever --tasks says
     return list(found.values())
+
+
+def names_in(flag: str, text: str) -> list[str]:
+    """The names of a flag, which commas separate."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise UserError(f"--{flag} {text}: names, separated by commas")
+    return names
 
 
 def load(algo: str):
@@ -127,7 +139,7 @@ def load(algo: str):
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever a script under way may raise
+    except (Exception, SystemExit) as error:  # whatever a script under way may raise
         raise UserError(f"algos/{algo}.py cannot be imported ({type(error).__name__}: {error})") from None
     if missing := [part for part in ("Args", "TUNED", "QUICK") if not hasattr(module, part)]:
         raise UserError(f"algos/{algo}.py is no algorithm: it has no {', '.join(missing)}")
@@ -189,9 +201,12 @@ def state_of(run: Path, args, script: Path, data_hash: str | None) -> str:
     if (run / "finished.json").exists():
         with contextlib.suppress(OSError, ValueError, KeyError, SyntaxError):
             config = json.loads((run / "config.json").read_text())
-            had = config["args"]
-            asked = {name: value for name, value in vars(args).items() if value not in (None, "auto")}
-            same = all(had.get(name) == value for name, value in asked.items() if name not in FREE_FLAGS)
+            last = (config.get("resumed") or [config])[-1]["command"].split()
+            typed = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in last if word[:2] == "--"}
+            pairs = {name: (config["args"].get(name), value) for name, value in vars(args).items()}
+            # a value that the run works out itself is the same unless it was typed then
+            same = all(was == now if now not in (None, "auto") else name not in typed
+                       for name, (was, now) in pairs.items() if name not in FREE_FLAGS)  # fmt: skip
             same &= data_hash in (None, config["dataset"]["hash"])
             return "finished" if same and not changed_code(script, run) else "new"
         return "new"
@@ -213,12 +228,15 @@ def in_use(run: Path) -> bool:
 
 
 class Stop:
-    """A signal: no new run begins, those that run are asked for a checkpoint; once more: they are killed."""
+    """A signal: no new run begins, those that run are asked for a checkpoint; once more: they are killed, unless
+    `patient`: schedulers repeat their signals."""
 
-    def __init__(self):
-        self.number, self.children = 0, set()
+    def __init__(self, patient: bool = False):
+        self.number, self.children, self.patient = 0, set(), patient
 
     def __call__(self, number: int, _) -> None:
+        if self.number and self.patient:
+            return
         text = "killing what runs" if self.number else "stopping every run with a checkpoint (once more: at once)"
         os.write(2, f"\n{text}\n".encode())  # print may be mid-line
         for child in list(self.children):
@@ -283,7 +301,7 @@ def log_end(log: Path) -> str:
 
 def array_task(args: Args) -> int:
     """One row of a Slurm array. USR1, two minutes before the time limit: a checkpoint, and the same task once more."""
-    stop, row = Stop(), Row(**json.loads(args.row))
+    stop, row = Stop(patient=True), Row(**json.loads(args.row))
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, stop)
     if row.make and not (Path(row.data) / "meta.json").exists():
@@ -294,7 +312,8 @@ def array_task(args: Args) -> int:
         print(f"stopped {row.run}", flush=True)
         if stop.number == signal.SIGUSR1:
             task = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ)  # $SLURM_JOB_ID may mean all
-            subprocess.run(["scontrol", "requeue", task])
+            if subprocess.run(["scontrol", "requeue", task]).returncode:
+                print(f"it is not queued again: scontrol requeue {task} failed, see above", flush=True)
     else:
         print(f"{'failed' if status else 'finished'} {row.run}\n{log_end(row.log) if status else ''}", flush=True)
     return status
@@ -330,7 +349,8 @@ def submit(rows: list[Row], args: Args) -> None:
     after = []
     if sets := list(dict.fromkeys(row.make for row in rows if row.make)):
         flags = ["--job-name=cleanpixels-sets", f"--output={logs}/sets-%j.log", "--requeue", "--open-mode=append"]
-        job = sbatch(head + SETS.format(sets="\n".join(map(here, sets))), [*flags, "--signal=B:USR1@120"], args)
+        script = head + SETS.format(sets="\n".join(map(here, sets)))
+        job = sbatch("a job that makes the sets", script, [*flags, "--signal=B:USR1@120"], args)
         after = [f"--dependency=afterany:{job}"]  # a task whose set is missing then fails at once
         print(f"job {job} makes {len(sets)} sets")
     tasks = "\n".join(json.dumps(dataclasses.asdict(row)) for row in rows)  # Slurm keeps a copy, inside the script
@@ -338,7 +358,7 @@ def submit(rows: list[Row], args: Args) -> None:
     body = f'row=$(sed -n "${{SLURM_ARRAY_TASK_ID}}p" <<"ROWS"\n{tasks}\nROWS\n)\nexec {program} "$row"\n'
     flags = [f"--array=1-{len(rows)}" + (f"%{args.jobs}" if args.jobs else ""), "--job-name=cleanpixels", *after]
     flags += ["--requeue", "--signal=B:USR1@120", "--open-mode=append", f"--output={logs}/%A_%a.log"]
-    job = sbatch(head + body, flags, args)
+    job = sbatch(f"an array of {len(rows)} runs", head + body, flags, args)
     print(f"array {job}: {len(rows)} runs. squeue shows them; {logs}/{job}_*.log and sacct say how they ended; the "
           "same command submits what is not finished once more")  # fmt: skip
 
@@ -351,7 +371,7 @@ def queued() -> str:
     return ""
 
 
-def sbatch(script: str, flags: list[str], args: Args) -> str:
+def sbatch(what: str, script: str, flags: list[str], args: Args) -> str:
     """The id of the submitted job."""
     words = ["sbatch", "--parsable", *flags, *shlex.split(args.slurm_args)]
     try:
@@ -359,13 +379,13 @@ def sbatch(script: str, flags: list[str], args: Args) -> str:
     except FileNotFoundError:
         raise UserError("--slurm: there is no sbatch on this machine") from None
     if done.returncode:
-        raise UserError(f"--slurm: {done.stderr.strip()}")
+        raise UserError(f"--slurm, {what}: {done.stderr.strip()}")  # MaxArraySize may be 1001
     return done.stdout.strip().split(";")[0]
 
 
 def visible_gpus(wanted: str | None) -> list[str]:
     if wanted and not wanted.isdigit():
-        return wanted.split(",")
+        return names_in("gpus", wanted)
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         found = [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
     else:
@@ -467,15 +487,22 @@ def run_here(todo: list[Row], before: int, skipped: list[str], args: Args) -> in
 def main(args: Args, extra: list[str]) -> int:
     if args.row:
         return array_task(args)
-    listed = ("--algos", "--task", "--dataset", "--seed", "--source", "--tag", "--quick", "--runs-dir", "--overwrite",
-              "--evaluate")  # fmt: skip
-    if wrong := [word for word in extra if word.split("=")[0].replace("_", "-") in listed]:
+    own = ("--algos", "--task", "--dataset", "--seed", "--source", "--tag", "--quick", "--runs-dir", "--overwrite",
+           "--evaluate")  # fmt: skip
+    if wrong := [word for word in extra if word.split("=")[0].replace("_", "-") in own]:
         raise UserError(f"{wrong[0]} behind --: each run has its own, or it is a flag of benchmark.sh; see --help")
     if args.seeds == "0" or not re.fullmatch(r"\d+(,\d+)*", args.seeds) or (args.jobs is not None and args.jobs < 1):
         raise UserError(
             f"--seeds {args.seeds} --jobs {args.jobs}: at least 1; seeds are a number, or several with commas"
         )
-    args.datasets = ",".join(d if d in NAMED_SETS else str(Path(d).absolute()) for d in args.datasets.split(","))
+    try:
+        shlex.split(args.slurm_args)
+    except ValueError as error:
+        raise UserError(f"--slurm-args {args.slurm_args}: {error}") from None
+    if args.slurm and args.gpus:
+        raise UserError("--gpus: under --slurm each run has its own, --slurm-args '--gres=gpu:1'")
+    datasets = names_in("datasets", args.datasets)
+    args.datasets = ",".join(d if d in NAMED_SETS else str(Path(d).absolute()) for d in datasets)
     os.chdir(ROOT)  # where the runs begin: other relative paths mean the same here and there
     flags = {"--source": args.source, "--tag": args.tag, "--runs-dir": args.runs_dir}
     words = [word for flag, value in flags.items() if value for word in (flag, value)] + ["--quick"] * args.quick

@@ -108,7 +108,12 @@ def test_filters(repo, words, expected):
         (["--", "--overwrite"], "--overwrite behind --"),
         (["--", "--seed=3"], "--seed=3 behind --"),
         (["--gpus", "99"], "--gpus 99: "),
+        (["--gpus", "0,"], "--gpus 0,: names, separated by commas"),
+        (["--gpus", "1", "--slurm"], "--gpus: under --slurm each run has its own"),
+        (["--slurm-args", "--comment='it is"], "--slurm-args --comment='it is: No closing quotation"),
         (["--datasets", "/nowhere"], "/nowhere does not exist"),
+        (["--tasks", "waker-walk"], "--task waker-walk: no such dm_control task. There are: "),
+        (["--tasks", "walker-walk,"], "--tasks walker-walk,: names, separated by commas"),
     ],
 )
 def test_mistakes_are_one_line(repo, words, message):
@@ -123,13 +128,15 @@ def test_files_that_are_no_algorithm(repo, tmp_path):
     shutil.copytree(repo, other)
     (other / "algos" / "helper.py").write_text("def half(x):\n    return x / 2\n")
     (other / "algos" / "broken.py").write_text("import nothing_of_this_name\n")
+    (other / "algos" / "program.py").write_text("import argparse\nargparse.ArgumentParser().parse_args()\n")
     text = (other / "algos" / "bc.py").read_text()
     assert text.count("open_dataset(args, size=84)") == 1
     (other / "algos" / "named.py").write_text(text.replace("size=84)", "size=PIXELS)") + "\nPIXELS = 84\n")
     words = ["--dry-run", "--tasks", "walker-walk", "--datasets", "random", "--seeds", 1]
     lines = benchmark(other, *words).stdout.splitlines()
     assert "# left out: algos/helper.py is no algorithm: it has no Args, TUNED, QUICK" in lines
-    assert any(line.startswith("# left out: algos/broken.py cannot be imported (ModuleNotFoundError") for line in lines)
+    for name, error in (("broken", "ModuleNotFoundError"), ("program", "SystemExit")):
+        assert any(line.startswith(f"# left out: algos/{name}.py cannot be imported ({error}") for line in lines)
     assert "python algos/named.py --task walker-walk --dataset random --seed 0" in lines
     result = benchmark(other, "--algos", "helper", *words)
     assert result.returncode == 1 and result.stdout.startswith("error: algos/helper.py is no algorithm")
@@ -147,7 +154,7 @@ def test_what_runs_and_what_has_other_data_is_told_apart(repo, tiny_set, tmp_pat
     args.task = "walker-walk"
     data = common.Dataset(tiny_set).facts()
     for text, state in ((data, "  # finished"), (data | {"hash": "of another set"}, "")):
-        (run / "config.json").write_text(json.dumps({"args": vars(args), "dataset": text}))
+        (run / "config.json").write_text(json.dumps({"args": vars(args), "dataset": text, "command": "algos/bc.py"}))
         (run / "finished.json").write_text("{}")
         shutil.copy(ROOT / "algos" / "bc.py", run)
         line = benchmark(repo, *words).stdout.strip()
@@ -186,6 +193,10 @@ def test_a_finished_run_with_other_flags_is_not_skipped(repo, tiny_set, tmp_path
     result = benchmark(repo, *flags, "--", *extra, "--lr", 1)
     assert result.returncode == 1
     assert "--lr 0.0001 -> 1.0" in result.stdout and "--tag" in result.stdout
+    for flag in ("--steps", "--eval-every"):  # a short or unevaluated run is not the paper's
+        without = [word for i, word in enumerate(extra) if flag not in (word, extra[i - 1])]
+        assert len(without) == len(extra) - 2
+        assert "# finished" not in benchmark(repo, *flags, "--dry-run", "--", *without).stdout
     script = repo / "algos" / "bc.py"
     text = script.read_text()
     try:
@@ -385,6 +396,76 @@ def test_a_variable_that_is_not_set_stages_nothing(repo, tiny_set, tmp_path):
 
 
 @pytest.fixture
+def scheduler(tmp_path, monkeypatch):
+    """sbatch, squeue and scontrol that write down what they are asked. Returns a function: the calls of one."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, answer in (("sbatch", "echo 7"), ("squeue", ":"), ("scontrol", "exit $SCONTROL_STATUS")):
+        calls = folder / f"{name}.calls"
+        script = f'echo "{name} $*" >> {calls}; cat > {folder}/{name}.$(wc -l < {calls}); {answer}'
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setitem(CLEAN, "PATH", f"{folder}:{CLEAN['PATH']}")
+    monkeypatch.setitem(CLEAN, "SCONTROL_STATUS", "0")
+    return folder
+
+
+def test_what_slurm_is_asked_for(repo, tiny_set, tmp_path, scheduler):
+    words = ["--algos", "bc", "--tasks", "walker-walk", "--datasets", f"random,{tiny_set}", "--seeds", 2, "--slurm"]
+    words += ["--jobs", 3, "--slurm-args", "--partition=gpu --comment='two words'", "--runs-dir", tmp_path / "runs"]
+    result = benchmark(repo, *words, "--", "--data-dir", tmp_path / "data", "--transitions", 500)
+    assert result.returncode == 0 and "array 7: 4 runs" in result.stdout, result.stdout
+    sets, array = (scheduler / "sbatch.calls").read_text().splitlines()
+    for call in (sets, array):
+        assert call.endswith("--partition=gpu --comment=two words")
+        assert {"--requeue", "--signal=B:USR1@120", "--open-mode=append"} < set(call.split())
+    assert "--array=1-4%3 " in array and "--dependency=afterany:7" in array and "--dependency" not in sets
+    for number in (1, 2):
+        subprocess.run(["bash", "-n", scheduler / f"sbatch.{number}"], check=True)
+    script = (scheduler / "sbatch.2").read_text()
+    listed = [json.loads(line) for line in script.splitlines() if line.startswith("{")]
+    assert [bool(row["make"]) for row in listed] == [True, True, False, False]
+    shown = subprocess.run(["bash", "-c", re.sub(r"\nexec .*", '\nprintf %s "$row"', script)], text=True,
+                           env=CLEAN | {"SLURM_ARRAY_TASK_ID": "2"}, capture_output=True, check=True)  # fmt: skip
+    assert json.loads(shown.stdout) == listed[1]
+    failed = subprocess.run([sys.executable, "benchmarks/run_all.py", "--row", json.dumps(listed[0])], cwd=repo,
+                            env=CLEAN, capture_output=True, text=True)  # fmt: skip
+    assert failed.returncode == 1 and "random-84px-500 is missing; the log of the job that makes" in failed.stdout
+
+
+def test_making_sets_is_queued_again_at_the_time_limit(tmp_path, scheduler):
+    """What makes a set is asked to stop, what comes after it does not begin."""
+    make = "bash -c 'trap \"touch asked; exit 1\" TERM; touch begun; while :; do sleep 0.05; done'"
+    script = run_all.SETS.format(sets=f"{make}\ntouch second")
+    with subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=CLEAN | {"SLURM_JOB_ID": "31"}) as job:
+        wait_until((tmp_path / "begun").exists, 20)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(20) == 1
+    assert (tmp_path / "asked").exists() and not (tmp_path / "second").exists()
+    assert (scheduler / "scontrol.calls").read_text() == "scontrol requeue 31\n"
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_repeated_signals_leave_the_checkpoint_whole(repo, tmp_path, scheduler, monkeypatch, status):
+    """USR1 before the time limit, then what Slurm sends at it: the run is not killed, and is queued again."""
+    own, runs = write_set(tmp_path / "own", (60, 40), 21), tmp_path / "runs"
+    command = f"python algos/bc.py --dataset {own} --steps 100000 --batch-size 4 --eval-every 0 --log-every 1 "
+    command += f"--feature-dim 8 --hidden-dim 8 --device cpu --runs-dir {runs}"
+    run = runs / "bc" / "own" / "own" / "seed0"
+    row = run_all.Row(str(run), str(own), "", command, "new", False)
+    words = [sys.executable, "benchmarks/run_all.py", "--row", json.dumps(vars(row))]
+    environment = CLEAN | {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "SCONTROL_STATUS": str(status)}
+    with subprocess.Popen(words, cwd=repo, env=environment, stdout=subprocess.PIPE, text=True) as task:
+        wait_until(lambda: rows(run) > 20, 60)
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM):
+            task.send_signal(number)
+        output = task.communicate(timeout=60)[0]
+    assert list(run.glob("checkpoint-*")) and "with a checkpoint" in row.log.read_text()
+    assert (scheduler / "scontrol.calls").read_text() == "scontrol requeue 7_3\n"
+    assert ("it is not queued again" in output) == bool(status)
+
+
+@pytest.fixture
 def slurm(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("slurm")
     started = subprocess.run([ROOT / "tests" / "slurm.sh", "start", folder], capture_output=True, text=True)
@@ -406,7 +487,7 @@ def queue() -> dict[str, tuple[str, str]]:
 def wait_until(condition, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, queue()
+        assert time.monotonic() < deadline, queue() if shutil.which("squeue") else ""
         time.sleep(0.2)
 
 
