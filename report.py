@@ -110,11 +110,25 @@ def row_of(config: dict, finished: dict, evaluations: list[Row]) -> Row:
     row |= {"steps": finished["steps"], "wall_s": float(finished["wall_s"])}
     row |= {name: finished.get(name) for name in ("env_steps", "episodes")}  # of runs that also collect
     parts = [config, *config.get("resumed", [])]  # each process that trained a part of the run
-    row |= {"command": parts[-1]["command"], "commit": " ".join(dict.fromkeys(part["commit"] for part in parts))}
+    words = [word for flag in flags_of(parts[-1]["command"]) if name_of(flag) not in FREE_FLAGS for word in flag]
+    row |= {"command": shlex.join(map(portable, words))}
+    row["commit"] = " ".join(dict.fromkeys(part["commit"] for part in parts))
     machines = " + ".join(dict.fromkeys(part["hardware"] for part in parts))
     row["hardware"] = f"{machines}, {args['precision']}, {args['accelerate']}"
     row["versions"] = "; ".join(f"{name} {version}" for name, version in config["versions"].items())
     return {name: "" if row.get(name) is None else str(row[name]) for name in COLUMNS}
+
+
+def portable(word: str) -> str:
+    """A word of a command, or a flag's value; of an absolute path, which no other machine has, the last two parts."""
+    flag, equals, value = word.rpartition("=") if word.startswith("--") else ("", "", word)
+    return flag + equals + ("/".join(Path(value).parts[-2:]) if Path(value).is_absolute() else value)
+
+
+def flags_kept(config: dict) -> dict:
+    """The flags of a run that say what it computed."""
+    kept = {name: value for name, value in config["args"].items() if name not in FREE_FLAGS}
+    return {name: portable(value) if isinstance(value, str) else value for name, value in kept.items()}
 
 
 def read_summary(file: Path) -> list[Row]:
@@ -133,7 +147,8 @@ def identity(row: Row) -> tuple:
     return tuple((len(row[name]), row[name]) if name == "seed" else row[name] for name in KEY)
 
 
-KINDS = {"curves": ".csv", "configs": ".json", "videos": ".mp4"}  # what results/ keeps of a run beside its row
+# what results/ keeps of a run beside its row; metrics: the last that were logged, of each file
+KINDS = {"curves": ".csv", "configs": ".json", "metrics": ".json", "videos": ".mp4"}
 
 
 def file_of(results: Path, row: Row, kind: str = "curves") -> Path:
@@ -151,9 +166,10 @@ def add(folders: Iterable[str], results: Path) -> None:
         rows = {identity(row): row for row in read_summary(results / "summary.csv")}
         for folder, row, curve in runs:
             file, verb = file_of(results, row), "replaced" if identity(row) in rows else "added"
-            args = json.loads((folder / "config.json").read_text())["args"]
-            kept = {name: value for name, value in args.items() if name not in FREE_FLAGS}
-            for kind, text in (("curves", curve), ("configs", json.dumps(kept, indent=1))):
+            kept = flags_kept(json.loads((folder / "config.json").read_text()))
+            texts = {"curves": curve, "configs": json.dumps(kept, indent=1)}
+            texts["metrics"] = json.dumps(last_metrics(folder), indent=1)
+            for kind, text in texts.items():
                 file_of(results, row, kind).parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(file_of(results, row, kind), text)
             add_video(folder / "evaluation.mp4", results, row)
@@ -164,6 +180,17 @@ def add(folders: Iterable[str], results: Path) -> None:
         writer.writeheader()
         writer.writerows(rows[key] for key in sorted(rows))
         write_atomically(results / "summary.csv", table.getvalue())
+
+
+def last_metrics(run: Path) -> dict[str, Row]:
+    """train, model, ... -> the last row of <name>.csv in a run folder."""
+    found = {}
+    for file in sorted(run.glob("*.csv")):
+        with open(file, newline="") as handle:
+            rows = list(csv.DictReader(handle))
+        if rows and file.stem not in ("eval", "episodes"):  # one is the curve, the other is about episodes
+            found[file.stem] = rows[-1]
+    return found
 
 
 def add_video(video: Path, results: Path, row: Row) -> None:
@@ -229,11 +256,13 @@ def gather(results: Path, runs: Path | None) -> tuple[list[Result], list[str]]:
     for row in read_summary(results / "summary.csv"):
         try:
             config, video = (file_of(results, row, kind) for kind in ("configs", "videos"))
-            args = json.loads(config.read_text()) if config.exists() else None
+            args = dict(json.loads(config.read_text())) if config.exists() else None
             curve = curve_of(file_of(results, row).read_text())
+            for name in ("steps", "data_mean", *SCORES, "wall_s"):
+                float(row[name])
             add_result(Result(row, curve, args, video if video.exists() else None))
-        except (OSError, KeyError, TypeError, ValueError) as error:
-            problems.append(f"{file_of(results, row)}: {error}")
+        except (OSError, LookupError, TypeError, ValueError) as error:
+            problems.append(f"{file_of(results, row)}, its row in summary.csv or its configuration: {error}")
     files = [
         file for name in ("config.json", "finished.json", "eval.csv") for file in (runs.rglob(name) if runs else ())
     ]
@@ -243,7 +272,7 @@ def gather(results: Path, runs: Path | None) -> tuple[list[Result], list[str]]:
             continue
         try:
             row, text = read_run(folder)
-            args, video = json.loads((folder / "config.json").read_text())["args"], folder / "evaluation.mp4"
+            args, video = flags_kept(json.loads((folder / "config.json").read_text())), folder / "evaluation.mp4"
             add_result(Result(row, curve_of(text), args, video if video.exists() else None, whole_video=True))
         except UserError as error:
             problems.append(str(error))
@@ -529,8 +558,8 @@ def runs_of(name: str, groups: dict[tuple, list[Result]]) -> dict[tuple, dict[in
     """A variant's runs: place_of -> steps -> its seeds."""
     found = defaultdict(dict)
     for key, runs in groups.items():
-        if key[-2] == name:
-            found[place_of(runs[0].row)].setdefault(key[-1], runs)
+        if key[-2] == name and found[place_of(runs[0].row)].setdefault(key[-1], runs) is not runs:
+            print(f"note: {name}, {' '.join(key[:3])} is like a row that is compared in all but the images: left out")
     if not found:
         known = ", ".join(sorted({key[-2] for key in groups})) or "none"
         raise UserError(f"--compare {name}: no finished run; there are {known}")
@@ -545,8 +574,9 @@ def compare(names: tuple[str, ...], runs: list[Result]) -> str:
     one, two = (runs_of(name, groups) for name in names)
     lines, rows = [], []  # rows: title, both groups, whether it counts in the mean
     for place in sorted(one.keys() & two.keys(), key=order):
-        both = one[place].keys() & two[place].keys()  # the longest runs of equal length, if there are any
-        steps = [max(both or variant[place]) for variant in (one, two)]
+        both = one[place].keys() & two[place].keys()  # runs of equal length, if there are any; the longest
+        enough = {n for n in both if min(len(one[place][n]), len(two[place][n])) >= MIN_SEEDS}
+        steps = [max(enough or both or variant[place]) for variant in (one, two)]
         a, b = one[place][steps[0]], two[place][steps[1]]
         lengths = " and ".join(dict.fromkeys(f"{length:,}" for length in steps))
         title = f"{' '.join(place[:3])} {lengths} steps" + " quick" * (place[4] == "True")
@@ -671,7 +701,8 @@ def plot_curves(groups: dict, paper: dict, out: Path) -> list[Path]:
 
 
 def plot_rows(rows: list[dict], file: Path) -> None:
-    """Last scores with their intervals, a line per task and set, and what the data scores; untagged rows alone."""
+    """Last scores, a line per task and data, and what the data scores; of one algorithm's lengths the longest, its
+    untagged rows alone. Intervals where there are MIN_SEEDS, else the point is hollow."""
     try:
         import matplotlib
     except ImportError:
@@ -680,29 +711,33 @@ def plot_rows(rows: list[dict], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    places, names = defaultdict(list), sorted({row["algo"] for row in rows})
-    for row in rows:
+    places, names = defaultdict(dict), sorted({row["algo"] for row in rows})
+    for row in sorted(rows, key=lambda row: row["steps"]):
         if not row["tag"]:
-            quick = ", quick" if row["quick"] == "True" else ""
-            places[f"{row['task']}\n{row['dataset'].split('-')[0]}{quick}"].append(row)
+            places[place_of(row)][row["algo"]] = row
+    places = [found for _, found in sorted(places.items(), key=lambda item: order(item[0]))]
     figure, axis = pyplot.subplots(figsize=(8, 0.8 + 0.62 * len(places)), layout="constrained")
-    for place, found in enumerate(places.values()):
-        axis.plot([found[0]["data_score"]] * 2, [place - 0.38, place + 0.38], color="0.6", linewidth=2, zorder=0,
+    labels, shown = [], [0, 100]
+    for place, found in enumerate(places):
+        first = next(iter(found.values()))
+        kind = ", ".join([first["source"], *["quick"] * (first["quick"] == "True")])
+        labels.append(f"{first['task']}\n{standard_set(first) or first['dataset']}, {kind}")
+        axis.plot([first["data_score"]] * 2, [place - 0.38, place + 0.38], color="0.6", linewidth=2, zorder=0,
                   label="the data's mean" if place == 0 else None)  # fmt: skip
-        for row in found:
+        for row in found.values():
             at = place + 0.11 * (names.index(row["algo"]) - (len(names) - 1) / 2)
-            low, high = (row[f"score_last_{end}"] for end in ("low", "high"))
-            error = None if low is None else [[row["score_last"] - max(low, 0)], [min(high, 100) - row["score_last"]]]
-            axis.errorbar(
-                row["score_last"], at, xerr=error, fmt="o", color=f"C{names.index(row['algo'])}", markersize=4
-            )
+            color, few = f"C{names.index(row['algo'])}", row["seeds"] < MIN_SEEDS
+            if not few:
+                axis.plot([row["score_last_low"], row["score_last_high"]], [at, at], color=color)
+            axis.plot(row["score_last"], at, "o", color=color, markersize=4, fillstyle="none" if few else "full")
+            shown.append(row["score_last"])
     for i, name in enumerate(names):
         axis.plot([], [], "o", color=f"C{i}", label=name)
     axis.set(
-        yticks=range(len(places)),
-        yticklabels=places,
-        xlim=(0, 100),
-        xlabel="last score (return / 10; Meta-World: return), 95 % interval over seeds",
+        yticks=range(len(labels)),
+        yticklabels=labels,
+        xlim=(min(shown) - 2, max(shown) + 2),
+        xlabel=f"last score (return / 10; Meta-World: return); 95 % over seeds, hollow: fewer than {MIN_SEEDS}",
     )
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)

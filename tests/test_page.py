@@ -125,9 +125,24 @@ def test_a_broken_curve_in_results_is_listed(folders, capsys):
     run = write_run(folders / "runs" / "one")
     report.main(report.Args(add=(str(run),), results_dir=str(folders / "results")))
     shutil.rmtree(run)
-    next((folders / "results" / "curves").rglob("*.csv")).write_text("step,score\n100")
-    assert table(folders) == []
-    assert "seed0.csv: " in capsys.readouterr().out
+    results, whole = folders / "results", table(folders)
+    assert len(whole) == 1
+    curve, config = (next(results.rglob(f"{kind}/**/*.*")) for kind in ("curves", "configs"))
+    summary = results / "summary.csv"
+    for file, text in (
+        (curve, "step,score\n100"),
+        (curve, "step,score\n"),
+        (curve, ""),
+        (config, "[1, 2]"),
+        (summary, summary.read_text().replace(",400,", ",,")),
+    ):
+        before = file.read_text()
+        assert before != text
+        file.write_text(text)
+        assert table(folders) == []
+        assert "seed0.csv, its row in summary.csv or its configuration: " in capsys.readouterr().out
+        file.write_text(before)
+    assert table(folders) == whole
 
 
 def test_runs_of_other_lengths_are_rows_of_their_own(folders):
@@ -329,12 +344,35 @@ def test_speed_tables_come_from_what_throughput_wrote(tmp_path):
             report.speed(tmp_path, "update")
 
 
-def test_the_figure_of_scores(folders):
+def test_the_figure_of_scores(folders, monkeypatch):
+    """A line per data, also beyond 0 and 100; nothing else shares it but the algorithms, each with its longest runs."""
+    from matplotlib import pyplot
+
     write_seeds(folders, [10, 12, 14])
-    write_seeds(folders, [20], algo="my_idea", quick=True)
+    write_seeds(folders, [20], algo="my_idea")
+    write_seeds(folders, [90], tag="x")
+    write_seeds(folders, [30], source="vd4rl")
+    write_seeds(folders, [40], dataset="medium-84px-20000", data_hash="f" * 16)
+    write_seeds(folders, [50], quick=True)
+    write_seeds(folders, [150, 120, 130], task="metaworld-drawer-open", dataset="demos-64px")
+    write_seeds(folders, [-20], task="adroit-pen", dataset="mine")
+    write_run(folders / "runs" / "short", (1.0, 5.0))
     groups = report.groups_of(report.gather(folders / "results", folders / "runs")[0])
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
     report.plot_rows([report.table_row(key, runs, {}) for key, runs in groups.items()], folders / "scores.png")
     assert (folders / "scores.png").read_bytes().startswith(b"\x89PNG")
+    axis = pyplot.gcf().axes[0]
+    labels = [label.get_text().replace("\n", " ") for label in axis.get_yticklabels()]
+    assert labels == [
+        "walker-walk medium, made", "walker-walk medium, vd4rl", "walker-walk medium-84px-20000, made",
+        "adroit-pen mine, made", "metaworld-drawer-open demos-64px, made", "walker-walk medium, made, quick",
+    ]  # fmt: skip
+    points = [line for line in axis.lines if line.get_marker() == "o" and len(line.get_xdata())]
+    shown = {(round(p.get_ydata()[0]), p.get_xdata()[0], p.get_fillstyle()) for p in points}
+    assert shown == {(0, 12, "full"), (0, 20, "none"), (1, 30, "none"), (2, 40, "none"), (3, -20, "none"),
+                     (4, 133.33, "full"), (5, 50, "none")}  # fmt: skip
+    assert axis.get_xlim()[0] < -20 and axis.get_xlim()[1] > 133
+    pyplot.gcf().clear()
 
 
 def test_the_repositorys_pages_are_filled():

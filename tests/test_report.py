@@ -58,6 +58,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_row_and_curve(tmp_path):
     run = write_run(tmp_path / "run")
+    (run / "train.csv").write_text("step,loss\n200,0.75\n400,0.5\n")
     (row,) = add(tmp_path / "results", run)
     assert row == {
         "algo": "drq_bc", "task": "walker-walk", "dataset": "medium-84px", "source": "made",
@@ -65,23 +66,27 @@ def test_row_and_curve(tmp_path):
         "steps": "400", "quick": "False", "score_last": "30.0", "score_late_mean": "25.0", "success_last": "",
         "success_late_mean": "", "env_steps": "", "episodes": "", "wall_s": "12.5",
         "hardware": "2 cores of X, Y, bf16, eager",
-        "versions": "torch 2.13.0; numpy 2.3.5", "commit": "abc-dirty", "command": 'algos/drq_bc.py --tag "a, b"',
+        "versions": "torch 2.13.0; numpy 2.3.5", "commit": "abc-dirty", "command": "algos/drq_bc.py --tag 'a, b'",
     }  # fmt: skip
     assert (tmp_path / "results/summary.csv").read_text().splitlines()[0] == STYLE.replace(" ", "")
     place = "drq_bc/walker-walk/medium-84px/seed0"
-    curve, config = f"curves/{place}.csv", f"configs/{place}.json"
-    assert set(files(tmp_path / "results")) == {"summary.csv", curve, config}  # nothing temporary is left
+    curve, config, metrics = f"curves/{place}.csv", f"configs/{place}.json", f"metrics/{place}.json"
+    assert set(files(tmp_path / "results")) == {"summary.csv", curve, config, metrics}  # nothing temporary is left
+    assert json.loads((tmp_path / "results" / metrics).read_text()) == {"train": {"step": "400", "loss": "0.5"}}
     assert json.loads((tmp_path / "results" / config).read_text())["precision"] == "bf16"
     assert (tmp_path / "results" / curve).read_bytes() == (run / "eval.csv").read_bytes()
 
 
 def test_paths_of_a_machine_stay_out_and_one_seed_keeps_its_video(tmp_path):
-    runs = [write_run(tmp_path / f"s{seed}", seed=seed, data_dir="/home/me/data") for seed in range(2)]
+    command = "/home/me/clone/algos/bc.py --data-dir /home/me/data --dataset=/home/me/own/robot --runs-dir /home/me"
+    flags = {"data_dir": "/home/me/data", "model_from": "/home/me/runs/seed0", "command": f"{command} --nstep 1"}
+    runs = [write_run(tmp_path / f"s{seed}", seed=seed, **flags) for seed in range(2)]
     for run in runs:
         save_video(run / "evaluation.mp4", [np.zeros((3, 84, 84), np.uint8)] * 3)
     add(tmp_path / "results", *runs)
     add(tmp_path / "results", *runs)
     assert not any(b"/home/me" in content for content in files(tmp_path / "results").values())
+    assert {row["command"] for row in read(tmp_path / "results")} == {"algos/bc.py --dataset=own/robot --nstep 1"}
     assert [path.name for path in (tmp_path / "results" / "videos").rglob("*.mp4")] == ["seed0.mp4"]
     found, problems = report.gather(tmp_path / "results", None)
     assert problems == [] and [bool(run.video) for run in found] == [True, False]
@@ -130,7 +135,7 @@ def test_late_mean_is_of_the_last_tenth_and_at_least_two(tmp_path, scores, late)
 
 
 def test_late_mean_agrees_with_a_run_of_common(tmp_path):
-    """finished.json and summary.csv must name the same numbers: common.Run computes them too."""
+    """finished.json and summary.csv must name the same numbers."""
     for count in (1, 2, 5, 14, 15, 20, 25, 35, 41):
         run = write_run(tmp_path / str(count), [1.37 * i % 11 for i in range(count)])
         fake = SimpleNamespace(path=run, _checkpoints=list, wall_s=lambda: 1.0, bar=SimpleNamespace(close=list))
@@ -156,7 +161,7 @@ def test_paths_of_curves(tmp_path):
         write_run(tmp_path / "d", quick=True, source="vd4rl", tag="x"),
     ]
     assert len(add(tmp_path / "results", *runs)) == 4
-    found = (path for path in files(tmp_path / "results") if not path.startswith("configs/"))
+    found = (path for path in files(tmp_path / "results") if not path.startswith(("configs/", "metrics/")))
     assert {path.removeprefix("curves/") for path in found} == {
         "summary.csv",
         "quick/drq_bc/walker-walk/medium-84px/seed0.csv",
