@@ -53,6 +53,7 @@ class Args:
     mean_penalty: float = 0.0  # weight of the squared means before tanh, in the actor's loss: off the bounds
     upright: int = 0  # humanoid: so many of --envs start on their feet, and again whenever they fall, see stand()
     guided: int = 0  # humanoid: in so many others the shipped medium policy gets it up, whenever it is down
+    newest: int | None = None  # transitions to learn from, the last collected; None: all
     seed: int = 0  # of weights, actions and initial states
     actor_every: int = 250  # updates between saved actors
     runs_dir: Path = ROOT / "runs" / "sac"  # run folders: <runs_dir>/<task>
@@ -174,6 +175,8 @@ def train(args: Args) -> None:
     _, info = envs[0].reset(0)
     D, A, S = len(info["state"]), envs[0].action_dim, len(envs[0].get_state())
     helped = args.upright + args.guided  # environments whose episodes are not the agent's own from the task's starts
+    if args.newest is not None and args.newest < BATCH:
+        raise UserError(f"--newest {args.newest}: at least {BATCH} transitions, a batch")
     if min(args.upright, args.guided) < 0:
         raise UserError("--upright and --guided are numbers of environments: 0 or more")
     if helped and (helped >= args.envs or not hasattr(envs[0].physics, "head_height")):
@@ -246,7 +249,7 @@ def train(args: Args) -> None:
             square += weight * ((states**2).mean(0) - square)
             if done_rounds > 0:
                 agent.scale.copy_(torch.from_numpy(np.sqrt(np.maximum(square - mean**2, 1e-4))))
-                i = rng.integers(rows.stop, size=BATCH)
+                i = rng.integers(max(rows.stop - (args.newest or rows.stop), 0), rows.stop, size=BATCH)
                 batch = [a[i] for a in (replay.state, replay.action, replay.reward, replay.next_state, replay.discount)]
                 agent.update(*map(torch.from_numpy, batch))
                 step += 1

@@ -392,6 +392,21 @@ def test_upright_and_guided_are_for_some_environments_of_a_humanoid(tmp_path):
 
 
 @pytest.mark.slow
+def test_newest_transitions_are_what_is_learned_from(tmp_path):
+    """More of them than there are is all of them; fewer than a batch is an error."""
+    weights = {}
+    for words in ((), ("--newest", 10**9), ("--newest", 256)):
+        folder = tmp_path / "-".join(map(str, words))
+        done = run_python(*sac(folder, 1000, *words))
+        assert done.returncode == 0, done.stderr
+        checkpoint = torch.load(folder / "walker-walk/checkpoint.pt", weights_only=True)
+        weights[words[1:]] = checkpoint["agent"]["actor.0.weight"]
+    assert torch.equal(weights[()], weights[(10**9,)]) and not torch.equal(weights[()], weights[(256,)])
+    refused = run_python(*sac(tmp_path, 500, "--newest", 100))
+    assert refused.returncode == 1 and refused.stderr == "error: --newest 100: at least 256 transitions, a batch\n"
+
+
+@pytest.mark.slow
 def test_upright_humanoids_start_again_when_they_fall(tmp_path):
     """One environment of two: its heads stay up, the other's do not; its return does not count as the task's."""
     done = run_python(*sac(tmp_path, 500, "--task", "humanoid-walk", "--upright", 1))
