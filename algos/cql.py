@@ -64,7 +64,7 @@ class Args:
     tag: str = ""  # tells apart runs of the same task, set and seed with other flags
     runs_dir: str | None = None  # where run folders are; None: runs/ beside common.py
     overwrite: bool = False  # start anew in a folder that holds a run; without it the same command continues
-    quick: bool = False  # QUICK below: shows learning on two CPU cores; no benchmark row
+    quick: bool = False  # QUICK below: for two CPU cores; learns on some sets (docs/cql.md); no benchmark row
     evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
     steps: int | None = None  # gradient updates; None: 256 epochs, one update per transition at batch 256 (Table 9)
     batch_size: int = 256  # transitions (Table 9)

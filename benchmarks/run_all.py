@@ -1,10 +1,10 @@
 """The whole table: every algorithm x task x set x seed, on this machine or as a Slurm array.
 
     ./benchmark.sh --dry-run                                       # what would be run, one command per line
-    ./benchmark.sh --quick --tasks walker-walk --datasets expert --seeds 2 --jobs 2          # on two CPU cores
+    ./benchmark.sh --quick --algos bc --tasks walker-walk --datasets expert --seeds 2        # on CPU cores
     ./benchmark.sh --algos drq_bc,cql --datasets medium,expert --seeds 3 --gpus 2 --jobs 4   # two runs per GPU
     ./benchmark.sh --algos drq_bc --tag alpha1 -- --bc-alpha 1     # words after -- go to every run
-    ./benchmark.sh --slurm --slurm-args '--partition=gpu --gres=gpu:1 --time=4:00:00' --stage-dir '$TMPDIR'
+    ./benchmark.sh --slurm --slurm-args '--partition=gpu --gres=gpu:1 --cpus-per-task=8' --stage-dir '$TMPDIR'
 
 Missing sets are made first. Finished runs are left alone and stopped ones continue, so call it again after an
 interruption; Ctrl-C stops every run with a checkpoint. What a run prints is in <its folder>.log. At the end, report.py
