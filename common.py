@@ -1235,7 +1235,8 @@ class Run:
         with _plain_errors(path):
             path.mkdir(parents=True, exist_ok=True)
             self.lock = lock_file(path / ".lock")
-        self.script = script
+        self.script, self.code = script, [script, HERE / "common.py"]
+        self.code += [HERE / "manipulation.py"] if args.task.startswith(MANIPULATION) else []
         if not args.overwrite:
             self._check_config(script)
         if (path / "finished.json").exists() and not args.overwrite:
@@ -1255,7 +1256,7 @@ class Run:
 
     def _write_config(self) -> None:
         """config.json and copies of the code; what began a run stays, what went on with it is listed beside it."""
-        here = {"command": shlex.join(sys.argv), "commit": commit_of(self.script), "versions": versions()}
+        here = {"command": shlex.join(sys.argv), "commit": commit_of(*self.code), "versions": versions()}
         here["hardware"] = hardware(self.args.device)
         with _plain_errors(self.path):
             if self.args.overwrite:  # only now: whatever can be wrong with the command has been found
@@ -1268,9 +1269,7 @@ class Run:
                 config["resumed"].append(here)
             else:
                 config = {"algo": self.script.stem, **here, "resumed": []}
-                files = [self.script, HERE / "common.py"]
-                files += [HERE / "manipulation.py"] if self.args.task.startswith(MANIPULATION) else []
-                for file in files:
+                for file in self.code:
                     write_atomically(self.path / file.name, file.read_text())
             config |= {"args": dataclasses.asdict(self.args), "dataset": self.facts}
             write_atomically(self.path / "config.json", json.dumps(config, indent=1, default=str))
@@ -1282,8 +1281,9 @@ class Run:
         if changed_code(script, self.path):
             raise UserError(f"{script.name} has changed since {self.path} began (diff it with the copy there). "
                             "Give the new one a --tag, or --overwrite")  # fmt: skip
-        if changed_code(HERE / "common.py", self.path):
-            print(f"warning: common.py has changed since {self.path} began (diff it with the copy there)")
+        for file in self.code[1:]:
+            if changed_code(file, self.path):
+                print(f"warning: {file.name} has changed since {self.path} began (diff it with the copy there)")
         old = json.loads(file.read_text())
         if self.args.eval_every is None:
             self.args.eval_every = old["args"]["eval_every"]
@@ -1412,6 +1412,8 @@ class Run:
                 write_atomically(file, "".join(",".join(row) + "\n" for row in [header, *kept]))
             else:
                 file.unlink()  # its header may be cut, too
+        if not step:  # likewise, if the run ended before its first checkpoint
+            (self.path / "offline.pt").unlink(missing_ok=True)
         self._open_displays(step)
         self.begun, self.first_step = time.monotonic(), step
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -1730,14 +1732,13 @@ def _fsync_folder(path: Path) -> None:
     os.close(handle)
 
 
-def commit_of(script: Path) -> str:
-    """The git commit (-dirty where files changed), or the sha256 of script and common.py outside a repository."""
-    git = ["git", "-C", str(script.parent)]
+def commit_of(*files: Path) -> str:
+    """The git commit (-dirty where one of these files has changed), or outside a repository their sha256."""
+    git = ["git", "-C", str(files[0].parent)]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         dirty = subprocess.run(
-            [*git, "status", "--porcelain", "--", str(script), str(HERE / "common.py")], capture_output=True, text=True
+            [*git, "status", "--porcelain", "--", *map(str, files)], capture_output=True, text=True
         ).stdout.strip()
         return commit[:12] + ("-dirty" if dirty else "")
-    both = script.read_bytes() + (HERE / "common.py").read_bytes()
-    return "sha256:" + hashlib.sha256(both).hexdigest()[:12]
+    return "sha256:" + hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]

@@ -15,7 +15,7 @@ import numpy as np
 
 from common import Renderer, UserError
 
-KITCHEN = {  # what has to be in place (arXiv:2401.03306 Appendix C.1)
+KITCHEN = {  # what has to be in place (arXiv:2401.03306 Appendix C.1); in D4RL and Minari the names are swapped
     "kitchen-mixed": ["microwave", "kettle", "light switch", "slide cabinet"],
     "kitchen-partial": ["microwave", "kettle", "bottom burner", "light switch"],
 }

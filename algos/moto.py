@@ -21,7 +21,8 @@ Where the paper is silent or contradicts itself (marked DIFF n where it happens)
   DIFF 2: Eq. 8's V is the value of the actor's action in s_{j+1}, as its text says (no samples of the model); as
           printed it is the rollout's: --data-target vhat. Target critics there are our choice.
   DIFF 3: the model and the agent learn from one batch of 16 windows (Algorithm 1); Appendix C.3 names 128 for the
-          agent, of no unit: --agent-batch-size.
+          agent, of no unit: --agent-batch-size. Algorithm 1 plays an episode after G updates, here it comes before,
+          as in Appendix C.1, with drawn actions. Eq. 4 prints pi(. | s^{t-1}) for the action of s^t.
   DIFF 4: C.3 leaves the rest to DreamerV2's repository. Model sizes, KL, optimiser, entropy and target copies are
           Offline DV2's, so is horizon 5; its defaults for other domains are 15 and --deter 1024 --hidden 1024. Decoder
           192, 96, 48, 3 and no further layers of 400 at encoder and decoder: printed otherwise, as for another model.
@@ -491,7 +492,7 @@ def lambda_return(reward: Tensor, next_value: Tensor, gamma: float, td_lambda: f
 
 def data_advantage(reward: Tensor, discount: Tensor, value: Tensor, gamma: float, horizon: int) -> Tensor:
     """What H steps of the data were worth more than the actor's: A_t = sum_{k=1..H} gamma^{k-1} r_{t+k}
-    + gamma^H V_{t+H} - V_t; towards the window's end with the steps there are. All (B, T)  ->  (B, T - 1)."""
+    + gamma^H V_{t+H} - V_t; towards the window's end with the steps there are (DIFF 5). All (B, T)  ->  (B, T - 1)."""
     rows, found = reward.shape[1], []
     for t in range(rows - 1):
         total, factor = 0.0, 1.0
@@ -607,7 +608,7 @@ class Agent(nn.Module):
             return state.deter.new_zeros(len(state.deter))
         shape = args.stoch, args.classes
         logits = self.model.rssm.priors(state.deter).unflatten(-1, shape)  # (N, M, S, K)
-        return PENALTY[args.penalty](logits, state.stoch.unflatten(-1, shape))
+        return PENALTY[args.penalty](logits, state.stoch.unflatten(-1, shape))  # DIFF 1
 
     def imagine(self, state: State) -> tuple[list[State], list[TruncatedNormal], list[Tensor]]:
         """The actor's rollout from states (M, ...)  ->  H + 1 states (M, ...), policies, and actions (M, A).
@@ -623,8 +624,8 @@ class Agent(nn.Module):
                 states.append(self.model.rssm.imagine(states[t], actions[t]))
         return states, policies, actions
 
-    def actor_loss(self, start: State, batch: Sequences, keep: Tensor) -> tuple[Tensor, list[Tensor], Metrics]:
-        """Eq. 6 and the imitation term. start: states (B, T, ...) of the windows, without gradient; keep (B, T): f.
+    def actor_loss(self, start: State, batch: Sequences, worth: Tensor) -> tuple[Tensor, list[Tensor], Metrics]:
+        """Eq. 6 and the imitation term. start: states (B, T, ...) of the windows, without gradient; worth (B, T): f.
         Returns loss (); the rollout without gradient, for the critics; metrics.
 
         index      0       1    ...  H-1    H
@@ -637,8 +638,8 @@ class Agent(nn.Module):
         feat, action = torch.stack([state.feat for state in states]), torch.stack(actions)
         rewarded = states[1:] if args.value == "expansion" else states[:-1]
         penalty = torch.stack([self.penalty(state) for state in rewarded])
-        reward = self.model.reward(torch.stack([state.feat for state in rewarded])).squeeze(-1)
-        reward = reward - args.penalty_coef * penalty
+        model_reward = self.model.reward(torch.stack([state.feat for state in rewarded])).squeeze(-1)
+        reward = model_reward - args.penalty_coef * penalty
         entropy = torch.stack([policy.entropy() for policy in policies[:-1]])
         assert reward.shape == entropy.shape == (args.horizon, action.shape[1])
         if args.value == "expansion":
@@ -648,29 +649,29 @@ class Agent(nn.Module):
             value = lambda_return(reward, self.critic_target(feat[1:], action[1:])[0], args.gamma, args.td_lambda)
             weight = args.gamma ** torch.arange(args.horizon - 1, device=feat.device)[:, None]
             loss = -(weight * (value[1:] + args.actor_ent * entropy[:-1])).mean()
-        imitation, kept = self.imitation_loss(start, batch, keep)
+        imitation, kept = self.imitation_loss(start, batch, worth)
         metrics = {"actor/loss": loss, "actor/entropy": entropy.mean(), "bc/loss": imitation, "bc/kept": kept}
-        metrics |= {"imag/value": value.mean(), "imag/reward": reward.mean()}
+        metrics |= {"imag/value": value.mean(), "imag/reward": model_reward.mean()}
         metrics |= {"imag/penalty": penalty.mean(), "imag/penalty_std": penalty.std(correction=0)}
         rollout = [part.detach() for part in (feat, action, reward)]
         return loss + args.bc_coef * imitation, rollout, {name: value.detach() for name, value in metrics.items()}
 
-    def imitation_loss(self, start: State, batch: Sequences, keep: Tensor) -> tuple[Tensor, Tensor]:
+    def imitation_loss(self, start: State, batch: Sequences, worth: Tensor) -> tuple[Tensor, Tensor]:
         """-mean f log pi(a | s) over the data's pairs, and the mean of f.
 
         row       t          t+1
         feat      feat[t]                 arrival rows: the action that was taken in feat[t] lies in the next row
         action               action[t+1]
-        f                    keep[t+1]    of the whole episode"""
-        keep = keep[:, 1:]
+        f                    worth[t+1]   of the whole episode; under --bc-filter advantage of this action"""
+        worth = worth[:, 1:]
         if self.args.bc_filter == "advantage":
             with torch.no_grad():
                 value = self.critic(start.feat, self.actor(start.feat).sample("reference")).amin(0)
                 advantage = data_advantage(batch.reward, batch.discount, value, self.args.gamma, self.args.horizon)
-                keep = (advantage > 0).float()
+                worth = (advantage > 0).float()
         log_prob = truncated_log_prob(self.actor(start.feat[:, :-1]), batch.action[:, 1:])
-        assert log_prob.shape == keep.shape  # (B, T - 1)
-        return -(keep * log_prob).mean(), keep.mean()  # DIFF 5
+        assert log_prob.shape == worth.shape  # (B, T - 1)
+        return -(worth * log_prob).mean(), worth.mean()  # DIFF 5
 
     def critic_loss(self, rollout: list[Tensor], batch: Sequences) -> tuple[Tensor, Metrics]:
         """Eq. 9: Eq. 7 on the rollout, feat (H + 1, M, F), action (H + 1, M, A), reward (H, M), and Eq. 8 on the data,
@@ -701,7 +702,7 @@ class Agent(nn.Module):
         return loss, {f"critic/{name}": value.detach() for name, value in metrics.items()}
 
     def dreamer_critic_loss(self, feat: Tensor, action: Tensor, reward: Tensor) -> tuple[Tensor, Metrics]:
-        """DreamerV2's: lambda-returns of states 0 .. H-1, which include their own reward, weighted 1, gamma ..."""
+        """DreamerV2's (2010.02193): lambda-returns of states 0 .. H-1, own rewards included, weighted 1, gamma ..."""
         args = self.args
         with torch.no_grad():
             target = lambda_return(reward, self.critic_target(feat[1:], action[1:])[0], args.gamma, args.td_lambda)
@@ -711,9 +712,10 @@ class Agent(nn.Module):
         loss = (weight * 0.5 * (value - target).square()).mean()
         return loss, {"critic/loss": loss.detach(), "critic/q": value.detach().mean()}
 
-    def update(self, batch: Sequences, keep: Tensor, *agent_batch: Tensor) -> Metrics:
-        """One gradient step of model, actor and critics. keep (B, T): f for the agent's windows, which are those of the
-        model unless they are given apart, as the parts of a Sequences (DIFF 3)."""
+    def update(self, batch: Sequences, worth: Tensor, *agent_batch: Tensor) -> Metrics:
+        """One gradient step of model, actor and critics. worth (B, T): f for the agent's windows, which are those of
+        the model unless they are given apart (DIFF 3), as the parts of a Sequences: a CUDA graph copies one batch and
+        loose tensors, see accelerate."""
         with self.autocast():
             model_loss, states, metrics = self.model_loss(batch)
         metrics["model/grad_norm"] = self.minimize("model", model_loss)
@@ -722,7 +724,7 @@ class Agent(nn.Module):
                 batch = Sequences(*agent_batch)
                 with torch.no_grad():
                     states = self.filter(batch)
-            actor_loss, rollout, actor_metrics = self.actor_loss(states, batch, keep)
+            actor_loss, rollout, actor_metrics = self.actor_loss(states, batch, worth)
         metrics["actor/grad_norm"] = self.minimize("actor", actor_loss)
         with self.autocast():
             critic_loss, critic_metrics = self.critic_loss(rollout, batch)
@@ -809,10 +811,10 @@ def worth_imitating(buffer: SequenceBuffer, args: Args) -> Tensor:
     """f of each row of the buffer, 1 or 0 by its episode; of the room for later episodes 0. -> (rows,) float32.
 
     success: the episode has a step of at least --bc-success-reward. return: its return is above the quantile of all
-    episodes' returns, or equal to the highest."""
-    keep = torch.zeros(buffer.num_rows, device=buffer.device)
+    episodes' returns, or equal to the highest. none: no row. all, advantage: every row; imitation_loss decides."""
+    worth = torch.zeros(buffer.num_rows, device=buffer.device)
     if args.bc_filter == "none":
-        return keep
+        return worth
     count = int(buffer.lengths.sum())
     good = torch.ones(len(buffer.lengths))
     episodes = buffer.reward[:count].cpu().split(buffer.lengths.tolist())
@@ -821,8 +823,8 @@ def worth_imitating(buffer: SequenceBuffer, args: Args) -> Tensor:
     if args.bc_filter == "return":
         returns = torch.stack([episode.sum() for episode in episodes])
         good = ((returns > returns.quantile(args.bc_quantile)) | (returns == returns.max())).float()
-    keep[:count] = good.repeat_interleave(buffer.lengths).to(buffer.device)
-    return keep
+    worth[:count] = good.repeat_interleave(buffer.lengths).to(buffer.device)
+    return worth
 
 
 # ==== Environment ====
@@ -928,7 +930,7 @@ def main(args: Args) -> None:
                             online=online)  # fmt: skip
     agent = Agent(args, buffer.action_dim).to(args.device)
     update = accelerate(agent, "update", args)
-    step, keep = run.load_checkpoint(agent=agent, buffer=buffer), None  # step: 0 for a new run
+    step, worth = run.load_checkpoint(agent=agent, buffer=buffer), None  # step: 0 for a new run
     if args.offline_from and step == 0:
         load_offline(agent, args)
         if pool:  # where the curve begins
@@ -939,15 +941,15 @@ def main(args: Args) -> None:
             images, actions, rewards, terminal = online_episode(agent, episode_pool, args, len(online.lengths))
             buffer.add(images, actions, rewards, terminal)
             run.log("episodes", step + 1, episode_pool.summary(rewards.sum(keepdims=True)) | played(online, repeat))
-            keep = None
-        if keep is None:  # the first update, or there is a new episode
-            keep = worth_imitating(buffer, args)
+            worth = None
+        if worth is None:  # the first update, or there is a new episode
+            worth = worth_imitating(buffer, args)
         batch = buffer.sample()
         if args.agent_batch_size:
             other = buffer.sample(count=args.agent_batch_size)
-            metrics = update(batch, keep[other.row], *other)
+            metrics = update(batch, worth[other.row], *other)
         else:
-            metrics = update(batch, keep[batch.row])
+            metrics = update(batch, worth[batch.row])
         step += 1
         agent.update_target(step)
         if run.log_due(step, metrics):

@@ -342,7 +342,11 @@ def main(args: Args) -> None:
     print(NOTE)
     if args.json:
         facts = machine | {name: getattr(args, name) for name in ("device", "quick", "repeats")}
-        facts |= {"commit": commit_of(Path(__file__)), "calibration_s": calibration, "rows": table.rows}
+        facts |= {
+            "commit": commit_of(Path(__file__), ROOT / "common.py"),
+            "calibration_s": calibration,
+            "rows": table.rows,
+        }
         Path(args.json).write_text(json.dumps(facts, indent=1) + "\n")
 
 

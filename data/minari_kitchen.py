@@ -4,9 +4,10 @@
     python data/minari_kitchen.py --dataset partial     # microwave, kettle, bottom burner, light switch
 
 Minari's own client fetches the set (needs requirements-manipulation.txt and a network, or a set in
-$MINARI_DATASETS_PATH). Of its episodes the recorded states are rendered and the actions kept; the reward of a step is
-counted anew from the state it led to, how many of the four objects are in place, since Minari's takes an object
-off the list once it is done. The set goes to made/kitchen-<dataset>/<dataset>-64px; interrupt at any time."""
+$MINARI_DATASETS_PATH). Of its episodes the recorded states are rendered and the actions kept, clipped to [-1, 1]; the
+reward of a step is counted anew from the state it led to, how many of the four objects are in place, since Minari's and
+D4RL's two names mean each other's objects (their mixed has the bottom burner). The set goes to
+made/kitchen-<dataset>/<dataset>-64px; interrupt at any time."""
 
 import json
 import sys

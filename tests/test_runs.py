@@ -415,7 +415,7 @@ def test_a_resume_is_written_down_beside_what_began_the_run(train, monkeypatch):
     train("bc", "--steps", 40, crash=26)
     first = json.loads((train.folder("bc") / "config.json").read_text())
     assert first["resumed"] == []
-    monkeypatch.setattr(common, "commit_of", lambda script: "0123456789ab")
+    monkeypatch.setattr(common, "commit_of", lambda *files: "0123456789ab")
     monkeypatch.setattr(common, "hardware", lambda device: "another machine")
     assert train("bc", "--steps", 60) is None
     config = json.loads((train.folder("bc") / "config.json").read_text())
