@@ -608,7 +608,7 @@ class Agent(nn.Module):
             return state.deter.new_zeros(len(state.deter))
         shape = args.stoch, args.classes
         logits = self.model.rssm.priors(state.deter).unflatten(-1, shape)  # (N, M, S, K)
-        return PENALTY[args.penalty](logits, state.stoch.unflatten(-1, shape))  # DIFF 1
+        return PENALTY[args.penalty](logits, state.stoch.unflatten(-1, shape))
 
     def imagine(self, state: State) -> tuple[list[State], list[TruncatedNormal], list[Tensor]]:
         """The actor's rollout from states (M, ...)  ->  H + 1 states (M, ...), policies, and actions (M, A).
