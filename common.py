@@ -1281,9 +1281,9 @@ class Run:
         if changed_code(script, self.path):
             raise UserError(f"{script.name} has changed since {self.path} began (diff it with the copy there). "
                             "Give the new one a --tag, or --overwrite")  # fmt: skip
-        for file in self.code[1:]:
-            if changed_code(file, self.path):
-                print(f"warning: {file.name} has changed since {self.path} began (diff it with the copy there)")
+        for imported in self.code[1:]:
+            if changed_code(imported, self.path):
+                print(f"warning: {imported.name} has changed since {self.path} began (diff it with the copy there)")
         old = json.loads(file.read_text())
         if self.args.eval_every is None:
             self.args.eval_every = old["args"]["eval_every"]

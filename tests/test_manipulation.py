@@ -4,6 +4,7 @@ import contextlib
 import sys
 
 import collect
+import mujoco
 import numpy as np
 import pytest
 from conftest import ROOT, run_python
@@ -131,8 +132,16 @@ def test_the_table_is_below():
     """corner2 hangs upside down: turned upright, the wooden table fills the lower rows and the wall the upper ones."""
     with environment("metaworld-drawer-open", 64, 1) as env:
         image = env.reset(0)[0].astype(int)
+        np.testing.assert_array_equal(image, np.rot90(env.renderer.render(), 2, (1, 2)))  # turned, not mirrored
     wood = (image[0] - image[2] > 20).mean(1)  # redder than blue, per row
     assert wood[48:].mean() > 0.5 > 0.1 > wood[:8].mean()
+
+
+def test_the_kitchens_camera():
+    with environment("kitchen-mixed", 16, 1) as env:
+        camera = env.renderer.camera
+    assert (camera.distance, camera.azimuth, camera.elevation) == (1.86, 90, -60)
+    assert tuple(camera.lookat) == (-0.3, 0.5, 2.0) and camera.type == mujoco.mjtCamera.mjCAMERA_FREE
 
 
 def test_a_pool_counts_successes():

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -296,7 +297,6 @@ def test_the_model_loss_is_offline_dv2s():
      {"bc_filter": "advantage", "precision": "bf16"}],
 )  # fmt: skip
 def test_one_update_moves_all_networks(flags):
-    """And every ablation of Figure 3 is one flag."""
     agent = make_agent(**flags)
     before = {name: value.clone() for name, value in agent.state_dict().items() if isinstance(value, torch.Tensor)}
     metrics = agent.update(make_batch(agent), torch.ones(2, 5))
@@ -388,6 +388,23 @@ def test_filters_of_episodes(tmp_path):
     assert kept(bc_filter="return") == [0, 1, 1, 0]  # returns 0, 2, 1, 0.9; the median is 0.95
     assert kept(bc_filter="return", bc_quantile=0.0) == [0, 1, 1, 1]  # above the lowest
     assert kept(bc_filter="return", bc_quantile=1.0) == [0, 1, 0, 0]  # the best
+
+
+def test_filters_of_online_episodes(tmp_path):
+    """They count like those of the set, from the update after they were played; room for later ones counts 0."""
+    buffer = SequenceBuffer(reward_set(tmp_path / "set", [[0, 0, 0], [1, 1]]), 2, 2,
+                            online=OnlineSet(tmp_path / "online", 12, 64, 2))  # fmt: skip
+
+    def worth(name: str) -> list[float]:
+        return moto.worth_imitating(buffer, moto.Args(bc_filter=name)).tolist()
+
+    assert worth("return") == [0] * 4 + [1] * 3 + [0] * 12  # returns 0, 2: above the median
+    images, actions, *_ = episode_of(4, 9)
+    buffer.add(images, actions, np.array([0, 1.0, 1, 1]), False)
+    buffer.add(images[:3], actions[:2], np.zeros(2), False)
+    assert worth("success") == [0] * 4 + [1] * 3 + [1] * 5 + [0] * 3 + [0] * 4
+    assert worth("return") == [0] * 4 + [1] * 3 + [1] * 5 + [0] * 3 + [0] * 4  # 0, 2, 3, 0: the median is 1
+    assert worth("all") == worth("advantage") == [1] * 15 + [0] * 4
 
 
 # ---- the buffer that grows ----
@@ -505,6 +522,44 @@ def test_a_run_of_both_phases(whole):
     assert (images[0] != images[7]).any()  # another episode begins in another state
 
 
+def test_online_episodes_are_what_the_environment_gives(whole):
+    """Played again, the actions of the run's own episodes lead to their images and rewards, row for row."""
+    env = common.make_env("walker-walk", 64, 1)
+    image, action, reward = (np.load(whole / "online" / f"{name}.npy") for name in ("image", "action", "reward"))
+    for number, first in enumerate((0, 7, 14)):
+        np.testing.assert_array_equal(env.reset(moto.ONLINE_SEED + number)[0], image[first])
+        for row in range(first + 1, first + 7):
+            obs, paid, *_ = env.step(action[row])
+            np.testing.assert_array_equal(obs, image[row])
+            assert np.float32(paid) == reward[row]
+    env.close()
+
+
+def test_playing_is_filtering(monkeypatch):
+    """The states in which an online episode's actions are chosen are those that its rows have in a window."""
+    agent, states = make_agent(), []
+    explore = agent.explore
+
+    def recorded(obs, action, state):
+        chosen, state = explore(obs, action, state)
+        states.append(state.feat)
+        return chosen, state
+
+    monkeypatch.setattr(agent, "explore", recorded)
+    monkeypatch.setattr(moto.TruncatedNormal, "sample", lambda policy, *_: policy.loc)  # no draws but the filter's
+    pool = common.EnvPool("reacher-easy", 64, 1, 1, episode_steps=6)
+    torch.manual_seed(3)
+    images, actions, rewards, terminal = moto.online_episode(agent, pool, agent.args, 0)
+    pool.close()
+    rows = common.arrival_rows(images, actions, rewards, terminal)
+    rows = {name: torch.from_numpy(np.float32(rows[name]))[None] for name in ("action", "reward", "discount")}
+    first = torch.tensor([[True] + [False] * 6])
+    torch.manual_seed(3)
+    batch = common.Sequences(torch.from_numpy(images)[None], *rows.values(), first, first.long())
+    torch.testing.assert_close(states_of(agent, batch).feat[0, :-1], torch.cat(states))
+    assert actions.std() > 1e-4  # each in a state of its own
+
+
 def test_online_episodes_are_logged(whole):
     header, *rows = rows_of(whole, "episodes")
     assert header == ["step", "score", "return_0", "episodes", "env_steps"]  # and no success: it is dm_control
@@ -540,21 +595,74 @@ def test_killed_in_the_middle_of_an_episode(train, whole, monkeypatch):
 
 
 @pytest.mark.parametrize("phase", ["offline", "online"])
-def test_kill_9(walker_set, tmp_path, whole, phase):
-    """The process as a whole, as soon as the phase has begun."""
-    words = ["--dataset", walker_set, "--runs-dir", tmp_path, *SMALL, *STEPS]
-    command = [sys.executable, ROOT / "algos" / "moto.py", *words]
-    run = tmp_path / "moto" / "walker-walk" / "noise" / "seed0"
+def test_kill_9(walker_set, tmp_path, capsys, phase):
+    """The process as a whole, in the midst of a phase."""
+    words = ["--dataset", walker_set, *SMALL, "--offline-steps", 24, "--online-episodes", 6]
+    words += ["--updates-per-episode", 4, "--eval-every", 4, "--runs-dir"]
+    run, whole = (tmp_path / name / "moto" / "walker-walk" / "noise" / "seed0" for name in ("killed", "whole"))
+    command = [sys.executable, ROOT / "algos" / "moto.py", *words, tmp_path / "killed"]
     process = subprocess.Popen([*map(str, command)], env=ENVIRONMENT, start_new_session=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    first, last = {"offline": (8, 20), "online": (28, 44)}[phase]
+
+    def newest() -> int:
+        return max((int(path.name[11:]) for path in run.glob("checkpoint-0*")), default=0)
+
     deadline = time.monotonic() + 120
-    while not (run / f"{phase}.csv").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    while newest() < first and time.monotonic() < deadline:
+        time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    assert (run / f"{phase}.csv").exists() and not (run / "finished.json").exists()
-    assert run_main(moto, words) is None
+    assert first <= newest() <= last
+    assert run_main(moto, [*words, tmp_path / "killed"]) is None
+    assert f"continuing {run} at step " in capsys.readouterr().out
+    assert run_main(moto, [*words, tmp_path / "whole"]) is None
     assert same_runs(run, whole)
+
+
+@pytest.mark.parametrize("task, actions", [("metaworld-drawer-open", 4), ("adroit-pen", 24)])
+def test_manipulation(tmp_path, task, actions):
+    """Noise that claims to be of these tasks: both phases, a kill, --evaluate by the run's own copies."""
+    rng, row = np.random.default_rng(0), 0
+    with DatasetWriter(tmp_path / "mine", 64, actions, task=task, mujoco=common.versions()["mujoco"]) as writer:
+        for length in (8, 7):
+            frames, acted, _ = synthetic_episode(row, length, 64, actions, rng)
+            writer.add(frames, acted, np.arange(length) % 2)
+            row += length + 1
+    words = ["--dataset", tmp_path / "mine", "--runs-dir", tmp_path, *SMALL, *STEPS]
+    assert isinstance(run_main(moto, words, crash=8), KeyboardInterrupt)
+    assert run_main(moto, words) is None
+    run = tmp_path / "moto" / task / "mine" / "seed0"
+    finished = json.loads((run / "finished.json").read_text())
+    assert finished["success_last"] in (0, 100) and finished["episodes"] == 3
+    assert finished["env_steps"] == 3 * 6 * (2 if task.startswith("metaworld") else 1)  # action repeat
+    for part in ("eval", "episodes"):
+        assert "success" in rows_of(run, part)[0]
+    for name in ("moto.py", "common.py", "manipulation.py"):
+        assert (run / name).exists()
+    done = run_python(run / "moto.py", "--evaluate", run, "--device", "cpu", "--eval-episodes", 2, cwd=tmp_path)
+    assert done.returncode == 0 and re.search(r"^score \S+, success \d+ %, returns \[.*, .*\]$", done.stdout, re.M)
+
+
+def test_a_changed_environment_is_a_warning(tmp_path):
+    """manipulation.py is code of a run like common.py."""
+    folder, run = tmp_path / "code", tmp_path / "runs" / "moto" / "metaworld-drawer-open" / "mine" / "seed0"
+    folder.mkdir()
+    for name in ("algos/moto.py", "common.py", "manipulation.py"):
+        shutil.copy(ROOT / name, folder)
+    with DatasetWriter(tmp_path / "mine", 64, 4, task="metaworld-drawer-open") as writer:
+        writer.add(*synthetic_episode(0, 8, 64, 4, np.random.default_rng(0)))
+    words = [folder / "moto.py", "--dataset", tmp_path / "mine", "--runs-dir", tmp_path / "runs", *SMALL]
+    words += ["--offline-steps", 2, "--online-episodes", 1, "--updates-per-episode", 1, "--eval-every", 0]
+    assert run_python(*words).returncode == 0
+    first = json.loads((run / "config.json").read_text())["commit"]
+    assert first.startswith("sha256:")
+    with open(folder / "manipulation.py", "a") as file:
+        file.write("\nCHANGED = True\n")
+    again = run_python(*words)
+    assert again.returncode == 0 and f"warning: manipulation.py has changed since {run} began" in again.stdout
+    assert run_python(*words, "--overwrite").returncode == 0
+    assert json.loads((run / "config.json").read_text())["commit"] != first
 
 
 def test_beginning_online_from_another_run(train, whole):
@@ -578,6 +686,8 @@ def test_beginning_online_from_another_run(train, whole):
     assert isinstance(error, UserError) and "also give --online-episodes" in str(error)
     error = train("--offline-from", whole, "--tag", "wide", "--units", 14)
     assert isinstance(error, UserError) and "--units 12, here 14" in str(error)
+    assert isinstance(train("--tag", "short", crash=2), KeyboardInterrupt)
+    shutil.copy(whole / "offline.pt", train.folder("short-seed0"))  # of a run that ended before a checkpoint
     assert isinstance(train("--tag", "short", crash=2), KeyboardInterrupt)
     error = train("--offline-from", train.folder("short-seed0"), "--tag", "none")
     assert isinstance(error, UserError) and "has not finished its offline phase of 3 updates" in str(error)
