@@ -1115,7 +1115,8 @@ def parse_args(args_class, tuned: dict, quick: dict):
 
 def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = None):
     """The words of a command line (default: this process's) as an `args_class`. Defaults: the class, then the most
-    exact entry of `tuned` for (task, dataset), then `quick` under --quick; what the user typed wins."""
+    exact entry of `tuned` for (task, dataset), then under --quick `quick` and its entries for (task, dataset); what the
+    user typed wins."""
     import tyro
 
     defaults = args_class()
@@ -1136,9 +1137,14 @@ def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
     merged: dict[str, Any] = {"task": typed.task or defaults.task}
     if merged["task"].startswith(MANIPULATION):
         merged["eval_episodes"] = 20  # a rate of success needs more of them
-    for key in _tuned_keys(merged["task"], typed.dataset):
+    keys = _tuned_keys(merged["task"], typed.dataset)
+    for key in keys:
         merged |= tuned.get(key, {})
-    merged |= (quick if typed.quick else {}) | evaluated
+    if typed.quick:
+        merged |= {name: value for name, value in quick.items() if isinstance(name, str)}
+        for key in keys:
+            merged |= quick.get(key, {})
+    merged |= evaluated
     whole = typed.dataset not in NAMED_SETS or typed.source != "made" or merged["task"].startswith("kitchen-")
     if whole:  # only sets that are made here can be cut
         merged.pop("transitions", None)

@@ -142,9 +142,11 @@ TUNED = {  # DIFF 8. The first line: as in Args, of every task, so that none is 
 }  # fmt: skip
 # not the paper's setting made shorter, but one of its own: a small model that learns faster, and an actor that learns
 # slower: at 8e-5 and above it runs into its actions' bounds while the features still mean nothing (docs/moto.md)
-QUICK = {"offline_steps": 1_000, "online_episodes": 60, "updates_per_episode": 20, "batch_size": 8, "window": 25,
-         "model_lr": 1e-3, "actor_lr": 3e-5, "cnn_depth": 16, "ensemble": 5, "units": 200,
-         "eval_episodes": 10}  # fmt: skip
+QUICK = {"transitions": 30_000, "offline_steps": 1_000, "online_episodes": 0, "updates_per_episode": 20,
+         "batch_size": 8, "window": 25, "model_lr": 1e-3, "actor_lr": 3e-5, "cnn_depth": 16, "ensemble": 5,
+         "units": 200, "eval_episodes": 10,
+         ("metaworld-*", "*"): {"transitions": 5_000, "online_episodes": 60},  # 50 demonstrations, not 10
+         ("kitchen-*", "*"): {"online_episodes": 60}}  # fmt: skip
 
 SIZE = 64  # pixels per side: what the decoder's kernels give
 ONLINE_SEED = 2_000_000  # online episode i of run seed s starts from seed ONLINE_SEED + 100,000 s + i

@@ -85,6 +85,19 @@ def test_settings(task, dataset, expected):
         assert args.steps == total
 
 
+@pytest.mark.parametrize(
+    "task, dataset, transitions, episodes",
+    [("metaworld-drawer-open", "demos", 5_000, 60), ("kitchen-mixed", "mixed", None, 60),
+     ("walker-walk", "mixed", 30_000, 0)],
+)  # fmt: skip
+def test_quick_settings(task, dataset, transitions, episodes):
+    words = ["--task", task, "--dataset", dataset, "--quick"]
+    args = common.typed_args(moto.Args, moto.TUNED, moto.QUICK, words)
+    assert (args.transitions, args.online_episodes, args.actor_lr) == (transitions, episodes, 3e-5)
+    typed = common.typed_args(moto.Args, moto.TUNED, moto.QUICK, [*words, "--online-episodes", "7"])
+    assert typed.online_episodes == 7
+
+
 @pytest.mark.parametrize("action_dim, expected", [(6, 974_001), (21, 980_001)])
 def test_parameter_counts(action_dim, expected):
     agent = moto.Agent(moto.Args(device="cpu", precision="fp32"), action_dim)
