@@ -737,7 +737,7 @@ def plot_rows(rows: list[dict], file: Path) -> None:
         yticks=range(len(labels)),
         yticklabels=labels,
         xlim=(min(shown) - 2, max(shown) + 2),
-        xlabel=f"last score (return / 10; Meta-World: return); 95 % over seeds, hollow: fewer than {MIN_SEEDS}",
+        xlabel=f"last score (return / 10; Meta-World: return), 95 % over seeds; hollow: under {MIN_SEEDS}",
     )
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)
