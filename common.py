@@ -1418,7 +1418,7 @@ class Run:
                 write_atomically(file, "".join(",".join(row) + "\n" for row in [header, *kept]))
             else:
                 file.unlink()  # its header may be cut, too
-        if not step:  # likewise, if the run ended before its first checkpoint
+        if not step:  # of a run that ended before its first checkpoint, perhaps with other flags
             (self.path / "offline.pt").unlink(missing_ok=True)
         self._open_displays(step)
         self.begun, self.first_step = time.monotonic(), step
