@@ -87,6 +87,7 @@ class Args:
     render: Literal["fast", "reference"] = "fast"  # fast: 2.3x the frames per second, nearly the same pixels
     data_dir: str | None = None  # None: $CLEANPIXELS_DATA, else datasets/ beside common.py
     stats_only: bool = False  # run the physics alone and print the return statistics
+    action_noise: float = 0.0  # of demos: standard deviation of Gaussian noise on the actions; a set of its own
 
 
 class UniformPolicy:
@@ -164,28 +165,34 @@ class Demonstrated:
 
         warnings.filterwarnings("ignore", module="metaworld.policies")  # that it clips actions, as we do
         self.policy = ENV_POLICY_MAP[f"{args.task.removeprefix('metaworld-')}-v3"]()
-        env, self.seeds, first, tried = make_env(args.task, size=None), [], [], 0
-        while len(self.seeds) < total:
-            seed = int(rng_of(name, args.seed, tried).integers(2**31))
-            info, solved, tried = env.reset(seed)[1], [], tried + 1
+        self.name, self.seed, self.noise = name, args.seed, args.action_noise
+        env, self.chosen, first, tried = make_env(args.task, size=None), [], [], 0
+        while len(self.chosen) < total:
+            rng = rng_of(name, args.seed, tried)
+            info, solved = env.reset(int(rng.integers(2**31)))[1], []
             for _ in range(DEMO_STEPS):
-                info = env.step(self.act(info["state"]))[-1]
+                info = env.step(self.act(info["state"], rng))[-1]
                 solved.append(info["success"])
             if any(solved):
-                self.seeds.append(seed)
+                self.chosen.append(tried)
                 first.append(solved.index(True) + 1)
-            if tried == 20 + 10 * total and len(self.seeds) < total:
-                raise UserError(f"--task {args.task}: {len(self.seeds)} of {tried} scripted episodes succeed")
+            tried += 1
+            if tried == 20 + 10 * total and len(self.chosen) < total:
+                raise UserError(f"--task {args.task}: {len(self.chosen)} of {tried} scripted episodes succeed")
         print(f"{total} of the first {tried} scripted episodes succeed, first after {np.mean(first):.1f} actions")
 
-    def act(self, state: np.ndarray) -> np.ndarray:
-        return np.clip(self.policy.get_action(state.astype(np.float64)), -1, 1).astype(np.float32)
+    def act(self, state: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        action = self.policy.get_action(state.astype(np.float64))
+        if self.noise:
+            action = action + self.noise * rng.standard_normal(len(action))
+        return np.clip(action, -1, 1).astype(np.float32)
 
     def start(self, pool: EnvPool, episodes: list[int]) -> None:
-        pool.reset([self.seeds[e] for e in episodes])
+        self.rngs = [rng_of(self.name, self.seed, self.chosen[e]) for e in episodes]
+        pool.reset([int(rng.integers(2**31)) for rng in self.rngs])
 
     def actions(self, pool: EnvPool, episodes: list[int], t: int) -> np.ndarray:
-        return np.stack([self.act(info["state"]) for info in pool.infos])
+        return np.stack([self.act(info["state"], rng) for info, rng in zip(pool.infos, self.rngs)])
 
 
 class Recorded:
@@ -248,6 +255,8 @@ def recipe_of(args: Args, name: str, episodes: int) -> dict:
         from manipulation import METAWORLD_CAMERA
 
         recipe |= {"camera": {"corner2": list(METAWORLD_CAMERA), "rotated": 180}, "shadows": args.render == "reference"}
+    if args.action_noise:
+        recipe["action_noise"] = args.action_noise
     return recipe
 
 
@@ -323,8 +332,12 @@ def main(args: Args) -> None:
         each = " of each part" if args.dataset == "medexp" else ""
         raise UserError(f"--transitions {args.transitions}: at least one episode of {episode_length(args.task)}{each}")
 
+    if args.action_noise < 0 or args.action_noise and args.dataset != "demos":
+        raise UserError(f"--action-noise {args.action_noise}: 0 or more, and of --dataset demos alone")
+    noise = f"-noise{args.action_noise:g}" if args.action_noise else ""
+
     def folder(name, transitions):
-        return set_folder(args.data_dir, "made", args.task, name, args.size, transitions, args.seed)
+        return set_folder(args.data_dir, "made", args.task, name + noise, args.size, transitions, args.seed)
 
     if args.dataset == "medexp":
         each = None if args.transitions is None else args.transitions // 2

@@ -251,6 +251,21 @@ def test_demonstrations(tmp_path):
     assert recipe["camera"] == {"corner2": [0.75, 0.075, 0.7], "rotated": 180} and recipe["shadows"] is False
 
 
+def test_demonstrations_with_noise(tmp_path):
+    """A set of its own, which says so; its episodes succeed, too, and are the same ones for any number of workers."""
+    flags = ["--task", "metaworld-drawer-open", "--dataset", "demos", "--transitions", 200, "--size", 16]
+    flags += ["--action-noise", 0.3]
+    for workers in (1, 2):
+        done = run_python(ROOT / "data/collect.py", *flags, "--workers", workers, "--data-dir", tmp_path / str(workers))
+        assert done.returncode == 0, done.stderr
+    name = "made/metaworld-drawer-open/demos-noise0.3-16px-200"
+    one, two = (common.Dataset(tmp_path / workers / name) for workers in "12")
+    assert one.hash == two.hash and one.parts[0].meta["recipe"]["action_noise"] == 0.3
+    assert (common.episode_returns(one.parts[0]) > 0).all()
+    done = run_python(ROOT / "data/collect.py", "--task", "walker-walk", "--dataset", "random", "--action-noise", 0.3)
+    assert done.returncode == 1 and "--action-noise 0.3: 0 or more, and of --dataset demos alone" in done.stderr
+
+
 def test_demonstrations_of_what_has_no_scripted_policy(tmp_path):
     done = run_python(
         ROOT / "data" / "collect.py", "--task", "walker-walk", "--dataset", "demos", "--data-dir", tmp_path
