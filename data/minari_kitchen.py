@@ -101,13 +101,13 @@ def render(args: Args, task: str, name: str, found: list, folder: Path) -> None:
     recipe = {"minari": name, "camera": KITCHEN_CAMERA, "shadows": args.render == "reference", "action_repeat": 1}
     facts = {"render": args.render, "mujoco": versions()["mujoco"], "recipe": recipe}
     folder.parent.mkdir(parents=True, exist_ok=True)
-    pool = EnvPool(task, args.size, args.workers or cores(), frame_stack=1, render=args.render)
     with DatasetWriter(folder, args.size, ACTION, task, "made", **facts) as writer:
         if writer.complete:
             meta = read_meta(folder)
             if meta["render"] != args.render or meta["recipe"] != json.loads(json.dumps(recipe)):
                 raise UserError(f"{folder} was made with another --render or --minari-id; delete it to make it again")
             return
+        pool = EnvPool(task, args.size, args.workers or cores(), frame_stack=1, render=args.render)
         rest = found[writer.episodes :]
         bar = progress_bar(sum(len(states) for states, _, _ in rest), 0, "frame")
         for first in range(0, len(rest), pool.count):

@@ -234,6 +234,34 @@ def test_sets_are_made_runs_share_gpus_failures_are_named_and_the_rest_goes_on(r
     assert again.stdout.splitlines()[-1] == last.format(0, 2)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the repository")
+def test_from_a_clean_clone_to_a_finished_report(tmp_path):
+    """The README's command, over all files: sets are made, runs end, the report has their rows. --quick is cut down."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
+    files = sorted((clone / "algos").glob("*.py"))
+    for file in files:
+        text, end = file.read_text(), 'if __name__ == "__main__":'
+        phases = {"steps": 2, "model_steps": 2, "agent_steps": 2, "offline_steps": 2}
+        tiny = {name: value for name, value in phases.items() if f"\n    {name}: int" in text}
+        tiny |= {"transitions": 1_000, "batch_size": 2, "eval_every": 2, "eval_episodes": 1}
+        assert text.count(end) == 1
+        file.write_text(text.replace(end, f"QUICK |= {tiny}\n{end}"))
+    author = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
+    subprocess.run(["git", "-C", clone, *author, "commit", "-qam", "A shorter --quick"], check=True)
+    filters = ["--tasks", "walker-walk", "--datasets", "medexp"]
+    command = ["./benchmark.sh", "--quick", "--seeds", "2", "--jobs", "2", *filters]
+    result = subprocess.run(command, cwd=clone, env=CLEAN, text=True, timeout=1_200, capture_output=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"{2 * len(files)} finished, 0 finished before, 0 skipped" in result.stdout
+    with (clone / "report" / "table.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["dataset"].endswith("-1000")]
+    assert sorted(row["algo"] for row in rows) == [file.stem for file in files], rows
+    assert all(row["seeds"] == "2" and row["quick"] == "True" for row in rows)
+    assert (clone / "report" / "index.html").stat().st_size > 100_000
+
+
 def test_jobs_take_turns_on_the_gpus(repo, tiny_set, tmp_path):
     words = ["--algos", "bad", "--datasets", tiny_set, "--seeds", 3, "--jobs", 3, "--gpus", 2]
     benchmark(repo, *words, "--runs-dir", tmp_path, "--", *SHORT, CUDA_VISIBLE_DEVICES="4,7,8")
