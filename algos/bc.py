@@ -107,7 +107,7 @@ class Encoder(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         for conv in self.convs:
             obs = F.relu(conv(obs))
-        return obs.flatten(1)
+        return obs.permute(0, 2, 3, 1).flatten(1)  # rows, columns, channels: as they lie in memory, so no copy
 
 
 class LastLayer(nn.Linear):
