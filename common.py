@@ -1051,7 +1051,9 @@ AT_LEAST_1 = ("steps", "batch_size", "log_every", "eval_episodes", "nstep", "win
               "target_every", "rollout_every", "updates_per_episode", "episode_steps", "transitions",
               "cql_samples")  # fmt: skip
 LEAST = dict.fromkeys(AT_LEAST_1, 1) | {"agent_batch_size": 2}  # flag -> smallest; half of lompo's batch is imagined
-LEAST |= dict.fromkeys(("model_steps", "agent_steps", "offline_steps", "online_episodes", "eval_every", "seed"), 0)
+LEAST |= dict.fromkeys(
+    ("model_steps", "agent_steps", "offline_steps", "model_first", "online_episodes", "eval_every", "seed"), 0
+)
 EVAL_SEED = 1_000_000  # evaluation episode i starts from seed EVAL_SEED + i, in every run and at every step
 CHECKPOINT_SECONDS = 300.0
 

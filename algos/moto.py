@@ -34,6 +34,8 @@ Where the paper is silent or contradicts itself (marked DIFF n where it happens)
   DIFF 8: 1,000 offline updates on Meta-World (Appendix C.1; the main text has 10,000 for all), 1,000 episodes of 20
           updates; on the kitchen 10,000 and 1,326 of 50: 371,000 steps in the environment, the main text says 500,000.
           Elsewhere one update per transition and none online.
+  DIFF 9: --model-first; in Algorithm 1 all learn from the first update. An actor that begins while the features mean
+          nothing runs into its actions' bounds, and tanh does not let it go (docs/moto.md): --quick has it begin later.
 Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
 
 import math
@@ -84,6 +86,7 @@ class Args:
     evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
     offline_from: str | None = None  # a run's folder: begin online where it was after its --offline-steps; ours are 0
     offline_steps: int | None = None  # gradient updates before the first episode; None: one per transition (DIFF 8)
+    model_first: int = 0  # of these, so many train the model alone (DIFF 9)
     online_episodes: int = 0  # episodes in the environment, each before its updates (DIFF 8)
     updates_per_episode: int = 20  # gradient updates after each of them (DIFF 8)
     episode_steps: int | None = None  # length of online and evaluation episodes; None: the task's own
@@ -140,13 +143,12 @@ TUNED = {  # DIFF 8. The first line: as in Args, of every task, so that none is 
                          "bc_filter": "success", "bc_success_reward": 4.0},
     ("kitchen-partial", "*"): {"bc_success_reward": 3.0},  # DIFF 7: no demonstration solves its four (Appendix C.1)
 }  # fmt: skip
-# not the paper's setting made shorter, but one of its own: a small model that learns faster, and an actor that learns
-# slower: at 8e-5 and above it runs into its actions' bounds while the features still mean nothing (docs/moto.md)
-QUICK = {"transitions": 30_000, "offline_steps": 1_000, "online_episodes": 0, "updates_per_episode": 20,
-         "batch_size": 8, "window": 25, "model_lr": 1e-3, "actor_lr": 3e-5, "cnn_depth": 16, "ensemble": 5,
-         "units": 200, "eval_episodes": 10,
-         ("metaworld-*", "*"): {"transitions": 5_000, "online_episodes": 60},  # 50 demonstrations, not 10
-         ("kitchen-*", "*"): {"online_episodes": 60}}  # fmt: skip
+# not the paper's setting made shorter, but one of its own: a small model that learns faster, then actor and critics
+QUICK = {"transitions": 30_000, "offline_steps": 1_000, "model_first": 600, "online_episodes": 0,
+         "updates_per_episode": 20, "batch_size": 8, "window": 25, "model_lr": 1e-3, "actor_lr": 3e-4,
+         "critic_lr": 3e-4, "cnn_depth": 16, "ensemble": 5, "units": 200, "eval_every": 200,
+         ("metaworld-*", "*"): {"transitions": 5_000, "online_episodes": 40},  # 50 demonstrations, not 10
+         ("kitchen-*", "*"): {"online_episodes": 40}}  # fmt: skip
 
 SIZE = 64  # pixels per side: what the decoder's kernels give
 ONLINE_SEED = 2_000_000  # online episode i of run seed s starts from seed ONLINE_SEED + 100,000 s + i
@@ -714,6 +716,12 @@ class Agent(nn.Module):
         loss = (weight * 0.5 * (value - target).square()).mean()
         return loss, {"critic/loss": loss.detach(), "critic/q": value.detach().mean()}
 
+    def update_model(self, batch: Sequences) -> Metrics:
+        """One gradient step of the world model alone."""
+        with self.autocast():
+            loss, _, metrics = self.model_loss(batch)
+        return metrics | {"model/grad_norm": self.minimize("model", loss)}
+
     def update(self, batch: Sequences, worth: Tensor, *agent_batch: Tensor) -> Metrics:
         """One gradient step of model, actor and critics. worth (B, T): f for the agent's windows, which are those of
         the model unless they are given apart (DIFF 3), as the parts of a Sequences: a CUDA graph copies one batch and
@@ -914,8 +922,11 @@ def main(args: Args) -> None:
         raise UserError(f"{dataset.path} names no task to collect in; --online-episodes 0")
     if args.offline_from:
         args.offline_steps = 0
+        args.model_first = 0
     if args.offline_steps is None:
         args.offline_steps = dataset.num_transitions  # DIFF 8
+    if args.model_first > args.offline_steps:
+        raise UserError(f"--model-first {args.model_first}: at most --offline-steps {args.offline_steps}")
     run = start_run(args, dataset, MODEL_FLAGS)  # folder, lock, config.json, copies of the code; seeds generators
     pool = evaluation_pool(args, dataset.facts(), 1)  # its workers neither import this file nor touch CUDA
     online, episode_pool = None, None
@@ -931,14 +942,14 @@ def main(args: Args) -> None:
     buffer = SequenceBuffer(dataset, args.batch_size, args.window, args.seed, args.device, args.buffer_device,
                             online=online)  # fmt: skip
     agent = Agent(args, buffer.action_dim).to(args.device)
-    update = accelerate(agent, "update", args)
+    update, update_model = (accelerate(agent, name, args) for name in ("update", "update_model"))
     step, worth = run.load_checkpoint(agent=agent, buffer=buffer), None  # step: 0 for a new run
     if args.offline_from and step == 0:
         load_offline(agent, args)
         if pool:  # where the curve begins
             run.log("eval", step, evaluate(agent, pool, args)[0] | played(online, repeat))
     while step < args.steps:
-        phase = "offline" if step < args.offline_steps else "online"
+        phase = "model" if step < args.model_first else "offline" if step < args.offline_steps else "online"
         if phase == "online" and (step - args.offline_steps) % args.updates_per_episode == 0:
             images, actions, rewards, terminal = online_episode(agent, episode_pool, args, len(online.lengths))
             buffer.add(images, actions, rewards, terminal)
@@ -947,7 +958,9 @@ def main(args: Args) -> None:
         if worth is None:  # the first update, or there is a new episode
             worth = worth_imitating(buffer, args)
         batch = buffer.sample()
-        if args.agent_batch_size:
+        if phase == "model":
+            metrics = update_model(batch)  # DIFF 9
+        elif args.agent_batch_size:
             other = buffer.sample(count=args.agent_batch_size)
             metrics = update(batch, worth[other.row], *other)
         else:

@@ -243,7 +243,7 @@ def test_from_a_clean_clone_to_a_finished_report(tmp_path):
     files = sorted((clone / "algos").glob("*.py"))
     for file in files:
         text, end = file.read_text(), 'if __name__ == "__main__":'
-        phases = {"steps": 2, "model_steps": 2, "agent_steps": 2, "offline_steps": 2}
+        phases = {"steps": 2, "model_steps": 2, "agent_steps": 2, "offline_steps": 2, "model_first": 1}
         tiny = {name: value for name, value in phases.items() if f"\n    {name}: int" in text}
         tiny |= {"transitions": 1_000, "batch_size": 2, "eval_every": 2, "eval_episodes": 1}
         assert text.count(end) == 1

@@ -87,13 +87,13 @@ def test_settings(task, dataset, expected):
 
 @pytest.mark.parametrize(
     "task, dataset, transitions, episodes",
-    [("metaworld-drawer-open", "demos", 5_000, 60), ("kitchen-mixed", "mixed", None, 60),
+    [("metaworld-drawer-open", "demos", 5_000, 40), ("kitchen-mixed", "mixed", None, 40),
      ("walker-walk", "mixed", 30_000, 0)],
 )  # fmt: skip
 def test_quick_settings(task, dataset, transitions, episodes):
     words = ["--task", task, "--dataset", dataset, "--quick"]
     args = common.typed_args(moto.Args, moto.TUNED, moto.QUICK, words)
-    assert (args.transitions, args.online_episodes, args.actor_lr) == (transitions, episodes, 3e-5)
+    assert (args.transitions, args.online_episodes, args.model_first) == (transitions, episodes, 600)
     typed = common.typed_args(moto.Args, moto.TUNED, moto.QUICK, [*words, "--online-episodes", "7"])
     assert typed.online_episodes == 7
 

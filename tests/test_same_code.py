@@ -38,6 +38,8 @@ VARIANTS = {
     "RSSM": [{"offline_dv2", "moto"}, {"lompo"}],
     "WorldModel": [{"offline_dv2", "moto"}, {"lompo"}],
     "Agent.model_loss": [{"offline_dv2"}, {"lompo"}, {"moto"}],
+    # MOTO's loss returns states, too
+    "Agent.update_model": [{"offline_dv2", "lompo"}, {"moto"}],
     "log_prob_std": [{"offline_dv2", "moto"}, {"lompo"}],
     # imagination is within the update there, in a buffer here
     "Agent.update_agent": [{"offline_dv2"}, {"lompo"}],
