@@ -322,6 +322,20 @@ def test_one_update_moves_all_networks(flags):
         assert all(torch.equal(a, b) for a, b in zip(agent.critic.parameters(), agent.critic_target.parameters()))
 
 
+def test_an_update_of_the_model_alone():
+    """It moves the model as the same update of everything does, and nothing else."""
+    agent, whole = make_agent(), make_agent()
+    before = {name: value.clone() for name, value in agent.state_dict().items() if isinstance(value, torch.Tensor)}
+    torch.manual_seed(1)
+    metrics = agent.update_model(make_batch(agent))
+    torch.manual_seed(1)
+    expected = whole.update(make_batch(agent), torch.ones(2, 5))
+    assert metrics.items() <= expected.items()
+    assert all(torch.equal(a, b) for a, b in zip(agent.model.parameters(), whole.model.parameters()))
+    moved = {name.split(".")[0] for name, value in before.items() if not torch.equal(value, agent.state_dict()[name])}
+    assert moved == {"model"}
+
+
 def test_polyak_targets():
     agent = make_agent(tau=0.25)
     for parameter in agent.critic.parameters():
@@ -755,6 +769,26 @@ def test_offline_alone_and_more_episodes_later(train, tmp_path):
     more = ["--offline-steps", 3, "--online-episodes", 4, "--updates-per-episode", 2]
     assert train("--tag", "more", steps=more) is None
     assert len(rows_of(train.folder("more-seed0"), "online")) == 9
+
+
+def test_the_model_alone_first(train, walker_set, tmp_path):
+    """A phase of its own, in which a run can be stopped and goes on bit by bit; the online phase has none."""
+    steps = ["--offline-steps", 4, "--model-first", 2, "--eval-every", 1, "--online-episodes", 1]
+    words = ["--dataset", walker_set, "--runs-dir", tmp_path / "runs", *SMALL, *steps, "--updates-per-episode", 1]
+    both = ("update", "update_model")
+    assert isinstance(run_main(moto, words, both, crash=2), KeyboardInterrupt)
+    assert run_main(moto, words, both) is None
+    run = train.folder()
+    found = {part: [int(row[0]) for row in rows_of(run, part)[1:]] for part in ("model", "offline", "online")}
+    assert found == {"model": [1, 2], "offline": [3, 4], "online": [5]}
+    whole = [tmp_path / "whole" if word == tmp_path / "runs" else word for word in words]
+    assert run_main(moto, whole) is None
+    other = tmp_path / "whole" / run.relative_to(tmp_path / "runs")
+    assert same_runs(run, other) and rows_of(run, "model") == rows_of(other, "model")
+    assert train("--offline-from", run, "--tag", "on", "--model-first", 2) is None  # its donor's, not its own
+    assert not (train.folder("on-seed0") / "model.csv").exists()
+    error = train("--model-first", 4, "--tag", "never")
+    assert isinstance(error, UserError) and "--model-first 4: at most --offline-steps 3" in str(error)
 
 
 @pytest.mark.parametrize(
