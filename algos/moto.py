@@ -145,8 +145,8 @@ TUNED = {  # DIFF 8. The first line: as in Args, of every task, so that none is 
 }  # fmt: skip
 # not the paper's setting made shorter, but one of its own: a small model that learns faster, then actor and critics
 QUICK = {"transitions": 30_000, "offline_steps": 1_000, "model_first": 600, "online_episodes": 0,
-         "updates_per_episode": 20, "batch_size": 8, "window": 25, "model_lr": 1e-3, "actor_lr": 3e-4,
-         "critic_lr": 3e-4, "cnn_depth": 16, "ensemble": 5, "units": 200, "eval_every": 200,
+         "updates_per_episode": 20, "batch_size": 8, "window": 25, "model_lr": 1e-3, "cnn_depth": 16, "ensemble": 5,
+         "units": 200, "eval_every": 150,
          ("metaworld-*", "*"): {"transitions": 5_000, "online_episodes": 40},  # 50 demonstrations, not 10
          ("kitchen-*", "*"): {"online_episodes": 40}}  # fmt: skip
 
