@@ -348,7 +348,8 @@ class EnvPool:
         manipulation the percentage of successes; returns (count,)."""
         if not self.task.startswith(MANIPULATION):
             return {"score": returns.mean() / 10, "return": returns.tolist()}
-        return {"score": returns.mean(), "success": 100 * self.success.mean(), "return": returns.tolist()}
+        success = 100 * self.success.sum() / self.count
+        return {"score": returns.mean(), "success": success, "return": returns.tolist()}
 
     @staticmethod
     def describe(summary: dict) -> str:
