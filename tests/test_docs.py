@@ -1,5 +1,6 @@
 """The commands of docs/your_own_idea.md, typed one after another; links of docs/ to lines of code."""
 
+import csv
 import os
 import re
 import shutil
@@ -67,3 +68,22 @@ def test_the_commands_from_a_copied_file_to_the_comparison(tmp_path):
     compared = outputs["python report.py --compare drq_bc my_idea"]
     assert len(re.findall(r"walker-walk med\w+-84px-1000 made 4 steps quick.*\(3\).*\(3\)   [+-]", compared)) == 4
     assert (tmp_path / "report" / "index.html").exists()
+
+
+def test_the_curves_that_the_page_of_moto_speaks_of():
+    """The means of the last five evaluations and the values at the end of the offline phase, of both seeds."""
+    text, found = (ROOT / "docs" / "moto.md").read_text(), []
+    for seed in (1, 2):
+        path = ROOT / f"results/curves/quick/moto/metaworld-drawer-open/demos-64px-5000/seed{seed}.csv"
+        with path.open() as file:
+            rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+        (end,) = [row for row in rows if row["step"] == 1_000]
+        late = sum(row["score"] for row in rows[-5:]) / 5
+        assert late > end["score"]
+        assert ", ".join(f"{row['success']:.0f}" for row in rows[-5:]) + " %" in text
+        found.append((late, end["score"], end["success"]))
+    one, two = found
+    words = " ".join(text.split())
+    assert f"{one[2]:.0f} and {two[2]:.0f} % at the end of the offline phase" in words
+    assert f"{one[0]:.1f} and {two[0]:.1f}, are above those at the end of the offline phase, {one[1]:.1f}" in words
+    assert f"and {two[1]:.1f} (curves" in words
