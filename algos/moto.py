@@ -84,7 +84,7 @@ class Args:
     overwrite: bool = False  # start anew in a folder that holds a run; without it the same command continues
     quick: bool = False  # QUICK below: shows learning on two CPU cores; no benchmark row
     evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
-    offline_from: str | None = None  # a run's folder: begin online where it was after its --offline-steps; ours are 0
+    offline_from: str | None = None  # a run's folder: begin online after its --offline-steps, with none here
     offline_steps: int | None = None  # gradient updates before the first episode; None: one per transition (DIFF 8)
     model_first: int = 0  # of these, so many train the model alone (DIFF 9)
     online_episodes: int = 0  # episodes in the environment, each before its updates (DIFF 8)
