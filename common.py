@@ -199,7 +199,8 @@ class DMCEnv:
 
     def clock(self) -> tuple[int, int]:
         """Actions in an episode, simulation steps in an action."""
-        return self.episode_steps or -(-int(self.env._step_limit) // self.ACTION_REPEAT), self.ACTION_REPEAT
+        whole = -(-int(self.env._step_limit) // self.ACTION_REPEAT)
+        return min(self.episode_steps or whole, whole), self.ACTION_REPEAT
 
     def get_state(self) -> np.ndarray:
         """Everything the next steps depend on (mjSTATE_INTEGRATION), (n,) float64."""
@@ -634,7 +635,7 @@ class DatasetWriter:
                 progress.unlink(missing_ok=True)
                 write_atomically(recipe, json.dumps(self.meta))
             for name, (shape, dtype) in self.rows.items():  # cut off what an interrupted episode left
-                file = open(os.open(self.path / f"{name}.npy", os.O_RDWR | os.O_CREAT), "r+b")  # noqa: SIM115
+                file = open(os.open(self.path / f"{name}.npy", os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115
                 self.files[name] = file
                 end = HEADER + self.boundaries[-1] * int(np.prod(shape)) * dtype.itemsize
                 if self.episodes and file.seek(0, os.SEEK_END) < end:
@@ -713,7 +714,7 @@ def arrival_rows(images: np.ndarray, actions: np.ndarray, rewards: np.ndarray, t
 
 class OnlineSet:
     """Episodes that a run collects, in its folder: arrays as in a set, all of their space taken at once. lengths: rows
-    of the episodes that count; what lies beyond them is overwritten.
+    of the episodes that count; what lies beyond them is overwritten. Once the run has ended, a set like any other.
 
     Raises UserError where the disk has no room."""
 
@@ -723,9 +724,10 @@ class OnlineSet:
         shapes = {"image": (3, size, size), "action": (action_dim,), "reward": (), "discount": ()}
         with _plain_errors(path):
             path.mkdir(parents=True, exist_ok=True)
+            (path / "meta.json").unlink(missing_ok=True)  # of a run that was killed between finish() and its own end
             for name, shape in shapes.items():
                 dtype = np.dtype(ARRAYS[name])
-                with open(os.open(path / f"{name}.npy", os.O_RDWR | os.O_CREAT), "r+b") as file:
+                with open(os.open(path / f"{name}.npy", os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
                     row_bytes = int(np.prod(shape)) * dtype.itemsize
                     self.sizes[name] = file.seek(0, os.SEEK_END)
                     found.append(max(self.sizes[name] - HEADER, 0) // row_bytes)
@@ -748,6 +750,20 @@ class OnlineSet:
             array[first : first + count] = rows
             array.flush()
         self.lengths.append(count)
+
+    def finish(self, task: str, render: str) -> None:
+        """Cuts the files to the episodes that count and makes them a set; nothing can be added after it."""
+        ends = np.cumsum(self.lengths)
+        with _plain_errors(self.path):
+            for name in self.sizes:
+                array = getattr(self, name)
+                with open(self.path / f"{name}.npy", "r+b") as file:
+                    _write_header(file, array.dtype, (int(ends[-1]), *array.shape[1:]))
+                    file.truncate(HEADER + int(ends[-1]) * array[0].nbytes)
+            np.save(self.path / "episode.npy", ends - self.lengths)
+            meta = {"task": task, "source": "own", "name": self.path.name, "size": self.image.shape[-1], "recipe": {}}
+            meta |= {"action_dim": self.action.shape[1], "render": render, "mujoco": versions().get("mujoco")}
+            write_meta(self.path, meta)
 
 
 def write_meta(path: Path, meta: dict) -> None:
@@ -969,6 +985,8 @@ class SequenceBuffer:
         self.action_dim, self.num_rows = dataset.action_dim, self.frames.bounds[-1]
         first_rows, lengths, columns = dataset.rows()
         if lengths.max() < length:
+            if online:
+                online.give_back()
             raise UserError(
                 f"{dataset.path}: its longest episode has {lengths.max()} rows, --window {length} needs as many"
             )
@@ -1061,7 +1079,7 @@ CHECKPOINT_SECONDS = 300.0
 
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    for name in ("mujoco", "dm_control", "metaworld", "gymnasium-robotics"):
+    for name in ("mujoco", "dm_control", "metaworld", "gymnasium", "gymnasium-robotics"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

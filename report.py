@@ -481,7 +481,8 @@ def markdown(rows: list[tuple[dict, list[Result]]]) -> str:
         clock = f"{duration(row['wall_s'])}, {row['hardware']}"
         notes = [note for note in row["notes"].split(", ") if note and "seed" not in note]
         seeds = ", ".join([str(row["seeds"]), *notes])
-        lines.append(f"| `{words}` | {row['steps']:,} | {seeds} | {data} | {last} | {late} | {paper} | {clock} |")
+        steps = f"{row['steps']:,}" + (f"; {row['env_steps']:,.0f} steps online" if row["env_steps"] else "")
+        lines.append(f"| `{words}` | {steps} | {seeds} | {data} | {last} | {late} | {paper} | {clock} |")
     return "\n".join(lines)
 
 
@@ -688,8 +689,9 @@ def plot_curves(groups: dict, paper: dict, out: Path) -> list[Path]:
                 if reported:
                     axis.axhline(reported[0], color=color, linestyle=":", linewidth=1)
             online = all(run.row["env_steps"] for runs in variants.values() for run in runs)
-            top = max(100, *(score for runs in variants.values() for run in runs for _, score in run.curve))
-            axis.set(title=title, xlabel="environment steps" if online else "gradient updates", ylim=(0, top))
+            scores = [0, 100, *(score for runs in variants.values() for run in runs for _, score in run.curve)]
+            limits = (min(scores), max(scores))
+            axis.set(title=title, xlabel="environment steps" if online else "gradient updates", ylim=limits)
             axis.legend(fontsize=8)
         axes[0][0].set_ylabel("score (return)" if task.startswith(MANIPULATION) else "score (return / 10)")
         figure.suptitle(f"{task}: evaluations; dotted: the paper, on official data")

@@ -27,7 +27,7 @@ Where the paper is silent or contradicts itself (marked DIFF n where it happens)
           Offline DV2's, so is horizon 5; its defaults for other domains are 15 and --deter 1024 --hidden 1024. Decoder
           192, 96, 48, 3 and no further layers of 400 at encoder and decoder: printed otherwise, as for another model.
   DIFF 5: the imitation term is a mean over rows, printed as a sum beside the means of Eq. 6; A discounts its first
-          reward by 1, printed gamma.
+          reward by 1, printed gamma, and has fewer than H steps towards a window's end.
   DIFF 6: evaluations are seeded episodes; the paper says nothing.
   DIFF 7: tasks with dense rewards have no success to filter by: there the better half of the episodes by return. On
           kitchen-partial any three objects at once count, in the paper the first three.
@@ -82,7 +82,7 @@ class Args:
     tag: str = ""  # tells apart runs of the same task, set and seed with other flags
     runs_dir: str | None = None  # where run folders are; None: runs/ beside common.py
     overwrite: bool = False  # start anew in a folder that holds a run; without it the same command continues
-    quick: bool = False  # QUICK below: shows learning on two CPU cores; no benchmark row
+    quick: bool = False  # QUICK below: for two CPU cores, shows learning on drawer-open (docs/moto.md)
     evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
     offline_from: str | None = None  # a run's folder: begin online after its --offline-steps, with none here
     offline_steps: int | None = None  # gradient updates before the first episode; None: one per transition (DIFF 8)
@@ -136,16 +136,16 @@ class Args:
 
 
 TUNED = {  # DIFF 8. The first line: as in Args, of every task, so that none is told it has no value of its own
-    ("*", "*"): {"offline_steps": None, "online_episodes": 0, "updates_per_episode": 20, "bc_filter": "return",
-                 "bc_success_reward": 1.0},
+    ("*", "*"): {name: getattr(Args, name) for name in (
+        "offline_steps", "online_episodes", "updates_per_episode", "bc_filter", "bc_success_reward")},
     ("metaworld-*", "*"): {"offline_steps": 1_000, "online_episodes": 1_000, "bc_filter": "success"},
     ("kitchen-*", "*"): {"offline_steps": 10_000, "online_episodes": 1_326, "updates_per_episode": 50,
                          "bc_filter": "success", "bc_success_reward": 4.0},
     ("kitchen-partial", "*"): {"bc_success_reward": 3.0},  # DIFF 7: no demonstration solves its four (Appendix C.1)
 }  # fmt: skip
 # not the paper's setting made shorter, but one of its own: a small model that learns faster, then actor and critics
-QUICK = {"transitions": 30_000, "offline_steps": 1_000, "model_first": 600, "online_episodes": 0,
-         "updates_per_episode": 20, "batch_size": 8, "window": 25, "model_lr": 1e-3, "cnn_depth": 16, "ensemble": 5,
+QUICK = {"transitions": 30_000, "offline_steps": 1_000, "model_first": 600, "updates_per_episode": 20,
+         "batch_size": 8, "window": 25, "model_lr": 1e-3, "cnn_depth": 16, "ensemble": 5,
          "units": 200, "eval_every": 150,
          ("metaworld-*", "*"): {"transitions": 5_000, "online_episodes": 40},  # 50 demonstrations, not 10
          ("kitchen-*", "*"): {"online_episodes": 40}}  # fmt: skip
@@ -495,8 +495,8 @@ def lambda_return(reward: Tensor, next_value: Tensor, gamma: float, td_lambda: f
 
 
 def data_advantage(reward: Tensor, discount: Tensor, value: Tensor, gamma: float, horizon: int) -> Tensor:
-    """What H steps of the data were worth more than the actor's: A_t = sum_{k=1..H} gamma^{k-1} r_{t+k}
-    + gamma^H V_{t+H} - V_t; towards the window's end with the steps there are (DIFF 5). All (B, T)  ->  (B, T - 1)."""
+    """What H steps of the data were worth more than the actor's, towards the window's end with the steps there are:
+    A_t = sum_{k=1..H} gamma^{k-1} r_{t+k} + gamma^H V_{t+H} - V_t  (DIFF 5). All (B, T)  ->  (B, T - 1)."""
     rows, found = reward.shape[1], []
     for t in range(rows - 1):
         total, factor = 0.0, 1.0
@@ -640,7 +640,7 @@ class Agent(nn.Module):
         args = self.args
         states, policies, actions = self.imagine(State(*(part.flatten(0, 1) for part in start)))
         feat, action = torch.stack([state.feat for state in states]), torch.stack(actions)
-        rewarded = states[1:] if args.value == "expansion" else states[:-1]
+        rewarded = states[1:] if args.value == "expansion" else states[:-1]  # dreamer: r^0 .. r^H-1
         penalty = torch.stack([self.penalty(state) for state in rewarded])
         model_reward = self.model.reward(torch.stack([state.feat for state in rewarded])).squeeze(-1)
         reward = model_reward - args.penalty_coef * penalty
@@ -649,10 +649,8 @@ class Agent(nn.Module):
         if args.value == "expansion":
             _, value = expand_values(reward, self.critic(feat, action).amin(0), args.gamma, args.td_lambda)
             loss = -(value + args.actor_ent * entropy).mean()
-        else:  # as in Offline DV2: rewards of states 0 .. H-1, values of states 1 .. H, the actor's from state 1 on
-            value = lambda_return(reward, self.critic_target(feat[1:], action[1:])[0], args.gamma, args.td_lambda)
-            weight = args.gamma ** torch.arange(args.horizon - 1, device=feat.device)[:, None]
-            loss = -(weight * (value[1:] + args.actor_ent * entropy[:-1])).mean()
+        else:
+            loss, value = self.dreamer_actor_loss(feat, action, reward, entropy)
         imitation, kept = self.imitation_loss(start, batch, worth)
         metrics = {"actor/loss": loss, "actor/entropy": entropy.mean(), "bc/loss": imitation, "bc/kept": kept}
         metrics |= {"imag/value": value.mean(), "imag/reward": model_reward.mean()}
@@ -685,28 +683,44 @@ class Agent(nn.Module):
             return self.dreamer_critic_loss(feat, action, reward)
         with torch.no_grad():
             value = self.critic_target(feat, action).amin(0)
-            target, hat = expand_values(reward, value, args.gamma, args.td_lambda)
+            model_target, hat = expand_values(reward, value, args.gamma, args.td_lambda)
         q = self.critic(feat[:-1], action[:-1])
-        assert q.shape[1:] == target.shape  # (2, H, M), (H, M)
-        model_loss = (target - q).square().mean((1, 2)).sum()  # Eq. 7; the sum: over the two critics
+        assert q.shape[1:] == model_target.shape  # (2, H, M), (H, M)
+        model_loss = (model_target - q).square().mean((1, 2)).sum()  # Eq. 7; the sum: over the two critics
         # row       j          j+1                                          arrival rows
-        # feat      feat[j]    feat[j+1]
+        # state     feat[j]    feat[j+1]
         # data                 action[j+1], reward[j+1], discount[j+1]
         # value                V0bar of the actor's own action in feat[j+1]
         shape = batch.reward.shape  # (B, T)
-        feat = feat[0].unflatten(0, shape)
+        data_feat = feat[0].unflatten(0, shape)
         following = (value if args.data_target == "v0" else hat)[0].unflatten(0, shape)[:, 1:]  # DIFF 2
-        target = batch.reward[:, 1:] + args.gamma * batch.discount[:, 1:] * following
-        q_data = self.critic(feat[:, :-1], batch.action[:, 1:])
-        assert q_data.shape[1:] == target.shape
-        data_loss = (target - q_data).square().mean((1, 2)).sum()
+        data_target = batch.reward[:, 1:] + args.gamma * batch.discount[:, 1:] * following
+        q_data = self.critic(data_feat[:, :-1], batch.action[:, 1:])
+        assert q_data.shape[1:] == data_target.shape
+        data_loss = (data_target - q_data).square().mean((1, 2)).sum()
         loss = model_loss + data_loss
         metrics = {"loss": loss, "model_loss": model_loss, "data_loss": data_loss}
         metrics |= {"q": q.mean(), "q_data": q_data.mean()}
         return loss, {f"critic/{name}": value.detach() for name, value in metrics.items()}
 
+    # ---- --value dreamer: DreamerV2's (2010.02193) losses, as in offline_dv2.py ----
+
+    def dreamer_actor_loss(
+        self, feat: Tensor, action: Tensor, reward: Tensor, entropy: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """-(lambda-returns + entropy), weighted 1, gamma ... Returns loss () and lambda-returns of states 0 .. H-1.
+
+        index      0       1    ...  H-1    H
+        reward     r^0     r^1  ...  r^H-1          of the state itself
+        value      -       V^1  ...  V^H-1  V^H     by the target critic, which sees the state alone
+        loss       -       1    ...  gamma^H-2      the actor cannot change state 0; entropy^0 goes with state 1"""
+        args = self.args
+        value = lambda_return(reward, self.critic_target(feat[1:], action[1:])[0], args.gamma, args.td_lambda)
+        weight = args.gamma ** torch.arange(args.horizon - 1, device=feat.device)[:, None]
+        return -(weight * (value[1:] + args.actor_ent * entropy[:-1])).mean(), value
+
     def dreamer_critic_loss(self, feat: Tensor, action: Tensor, reward: Tensor) -> tuple[Tensor, Metrics]:
-        """DreamerV2's (2010.02193): lambda-returns of states 0 .. H-1, own rewards included, weighted 1, gamma ..."""
+        """To lambda-returns of states 0 .. H-1, own rewards included, weighted 1, gamma ..."""
         args = self.args
         with torch.no_grad():
             target = lambda_return(reward, self.critic_target(feat[1:], action[1:])[0], args.gamma, args.td_lambda)
@@ -926,7 +940,7 @@ def main(args: Args) -> None:
     if args.offline_steps is None:
         args.offline_steps = dataset.num_transitions  # DIFF 8
     if args.model_first > args.offline_steps:
-        raise UserError(f"--model-first {args.model_first}: at most --offline-steps {args.offline_steps}")
+        raise UserError(f"--offline-steps {args.offline_steps}: fewer than --model-first {args.model_first}; give both")
     run = start_run(args, dataset, MODEL_FLAGS)  # folder, lock, config.json, copies of the code; seeds generators
     pool = evaluation_pool(args, dataset.facts(), 1)  # its workers neither import this file nor touch CUDA
     online, episode_pool = None, None
@@ -943,7 +957,11 @@ def main(args: Args) -> None:
                             online=online)  # fmt: skip
     agent = Agent(args, buffer.action_dim).to(args.device)
     update, update_model = (accelerate(agent, name, args) for name in ("update", "update_model"))
-    step, worth = run.load_checkpoint(agent=agent, buffer=buffer), None  # step: 0 for a new run
+    step = run.load_checkpoint(agent=agent, buffer=buffer)  # 0 for a new run
+    worth = worth_imitating(buffer, args)
+    if args.bc_filter == "success" and not worth.any():
+        best = f"the highest reward is {buffer.reward.max().item():g}, --bc-success-reward {args.bc_success_reward:g}"
+        print(f"note: no episode counts as solved, none is imitated: {best}")
     if args.offline_from and step == 0:
         load_offline(agent, args)
         if pool:  # where the curve begins
@@ -954,8 +972,6 @@ def main(args: Args) -> None:
             images, actions, rewards, terminal = online_episode(agent, episode_pool, args, len(online.lengths))
             buffer.add(images, actions, rewards, terminal)
             run.log("episodes", step + 1, episode_pool.summary(rewards.sum(keepdims=True)) | played(online, repeat))
-            worth = None
-        if worth is None:  # the first update, or there is a new episode
             worth = worth_imitating(buffer, args)
         batch = buffer.sample()
         if phase == "model":
@@ -976,6 +992,8 @@ def main(args: Args) -> None:
             run.log("eval", step, metrics | (played(online, repeat) if online else {}))
             if step == args.steps:
                 save_video(run.path / "evaluation.mp4", frames)
+        if online and step == args.steps:
+            online.finish(args.task, dataset.render)
         if run.checkpoint_due(step):
             run.save_checkpoint(step, agent=agent, buffer=buffer)
 
