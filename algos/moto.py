@@ -144,11 +144,20 @@ TUNED = {  # DIFF 8. The first line: as in Args, of every task, so that none is 
     ("kitchen-partial", "*"): {"bc_success_reward": 3.0},  # DIFF 7: no demonstration solves its four (Appendix C.1)
 }  # fmt: skip
 # not the paper's setting made shorter, but one of its own: a small model that learns faster, then actor and critics
-QUICK = {"transitions": 30_000, "offline_steps": 1_000, "model_first": 600, "updates_per_episode": 20,
-         "batch_size": 8, "window": 25, "model_lr": 1e-3, "cnn_depth": 16, "ensemble": 5,
-         "units": 200, "eval_every": 150,
-         ("metaworld-*", "*"): {"transitions": 5_000, "online_episodes": 40},  # 50 demonstrations, not 10
-         ("kitchen-*", "*"): {"online_episodes": 40}}  # fmt: skip
+QUICK_DEMOS = {
+    "offline_steps": 1_000,
+    "online_episodes": 40,
+    "eval_every": 150,
+    "actor_lr": 8e-5,
+    "critic_lr": 8e-5,
+    "target_every": 100,
+    "penalty_coef": 10.0,
+}  # the paper's rates, targets and penalty
+QUICK = {"transitions": 30_000, "offline_steps": 2_000, "model_first": 600, "updates_per_episode": 20, "batch_size": 8,
+         "window": 25, "eval_every": 200, "model_lr": 1e-3, "actor_lr": 3e-4, "critic_lr": 1e-3, "target_every": 10,
+         "penalty_coef": 1.0, "bc_quantile": 0.75, "cnn_depth": 16, "ensemble": 5, "units": 200,
+         ("metaworld-*", "*"): QUICK_DEMOS | {"transitions": 5_000},  # 50 demonstrations, not 10
+         ("kitchen-*", "*"): QUICK_DEMOS}  # fmt: skip
 
 SIZE = 64  # pixels per side: what the decoder's kernels give
 ONLINE_SEED = 2_000_000  # online episode i of run seed s starts from seed ONLINE_SEED + 100,000 s + i

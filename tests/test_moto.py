@@ -87,14 +87,16 @@ def test_settings(task, dataset, expected):
 
 
 @pytest.mark.parametrize(
-    "task, dataset, transitions, episodes",
-    [("metaworld-drawer-open", "demos", 5_000, 40), ("kitchen-mixed", "mixed", None, 40),
-     ("walker-walk", "mixed", 30_000, 0)],
+    "task, dataset, expected",
+    [("metaworld-drawer-open", "demos", (5_000, 1_000, 600, 40, 8e-5, 8e-5, 100, 10.0)),
+     ("kitchen-mixed", "mixed", (None, 1_000, 600, 40, 8e-5, 8e-5, 100, 10.0)),
+     ("walker-walk", "mixed", (30_000, 2_000, 600, 0, 3e-4, 1e-3, 10, 1.0))],
 )  # fmt: skip
-def test_quick_settings(task, dataset, transitions, episodes):
+def test_quick_settings(task, dataset, expected):
     words = ["--task", task, "--dataset", dataset, "--quick"]
     args = common.typed_args(moto.Args, moto.TUNED, moto.QUICK, words)
-    assert (args.transitions, args.online_episodes, args.model_first) == (transitions, episodes, 600)
+    assert (args.transitions, args.offline_steps, args.model_first, args.online_episodes, args.actor_lr, args.critic_lr,
+            args.target_every, args.penalty_coef) == expected  # fmt: skip
     typed = common.typed_args(moto.Args, moto.TUNED, moto.QUICK, [*words, "--online-episodes", "7"])
     assert typed.online_episodes == 7
 
