@@ -76,7 +76,7 @@ class Args:
     dataset: str = "demos"  # demos (Meta-World), mixed and partial (kitchen), a set of dm_control, or a path
     source: Literal["made", "vd4rl"] = "made"  # made: rendered here; vd4rl: the imported official set
     data_dir: str | None = None  # where sets are; None: $CLEANPIXELS_DATA, else datasets/ beside common.py
-    transitions: int | None = None  # a smaller made set of so many transitions
+    transitions: int | None = None  # a made set of so many transitions; None: of the published number
     data_seed: int = 0  # seed of a made set
     seed: int = 0  # of weights, sampling, imagination and online episodes; evaluation has seeds of its own
     tag: str = ""  # tells apart runs of the same task, set and seed with other flags
