@@ -667,7 +667,8 @@ def plot_curves(groups: dict, paper: dict, out: Path) -> list[Path]:
         figures[task + "-quick" * (quick == "True")][f"{dataset}, {source}{online}", data_hash][label] = runs
     names = sorted({key[-2] for key in groups})
     for task, panels in figures.items():
-        figure, axes = pyplot.subplots(1, len(panels), figsize=(max(6.4, 4.2 * len(panels)), 3.4), squeeze=False, sharey=True)
+        size = (max(6.4, 4.2 * len(panels)), 3.4)
+        figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
         for axis, ((title, _), variants) in zip(axes[0], panels.items()):
             for label, runs in variants.items():
                 color = f"C{names.index(runs[0].name) % 10}"

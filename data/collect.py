@@ -78,7 +78,7 @@ MOTO_TABLE_1 = {
 
 @dataclass
 class Args:
-    task: str = "walker-walk"  # random: dm_control's or metaworld-*; demos: metaworld-*; others: those in data/policies/
+    task: str = "walker-walk"  # random: dm_control's or metaworld-*; demos: metaworld-*; else one of data/policies/
     dataset: Literal["random", "mixed", "medium", "medexp", "expert", "demos"] = "medium"
     size: int = 84  # pixels per side: 84 for bc, drq_bc, cql; 64 for the world models
     transitions: int | None = None  # None: the published size, 100,000 in most sets, 1,000 of demos
