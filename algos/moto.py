@@ -35,7 +35,7 @@ Where the paper is silent or contradicts itself (marked DIFF n where it happens)
           updates; on the kitchen 10,000 and 1,326 of 50: 371,000 steps in the environment, the main text says 500,000.
           Elsewhere one update per transition and none online.
   DIFF 9: --model-first; in Algorithm 1 all learn from the first update. An actor that begins while the features mean
-          nothing runs into its actions' bounds, and tanh does not let it go (docs/moto.md): --quick has it begin later.
+          nothing can run into its actions' bounds, where tanh holds it (docs/moto.md): --quick has it begin later.
 Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
 
 import math
