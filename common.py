@@ -199,8 +199,10 @@ class DMCEnv:
 
     def clock(self) -> tuple[int, int]:
         """Actions in an episode, simulation steps in an action."""
-        whole = -(-int(self.env._step_limit) // self.ACTION_REPEAT)
-        return min(self.episode_steps or whole, whole), self.ACTION_REPEAT
+        steps = min(self.env._step_limit, self.ACTION_REPEAT * (self.episode_steps or math.inf))
+        if math.isinf(steps):
+            raise UserError("the task's episodes have no end of their own; give --episode-steps")
+        return -(-int(steps) // self.ACTION_REPEAT), self.ACTION_REPEAT
 
     def get_state(self) -> np.ndarray:
         """Everything the next steps depend on (mjSTATE_INTEGRATION), (n,) float64."""
@@ -713,29 +715,35 @@ def arrival_rows(images: np.ndarray, actions: np.ndarray, rewards: np.ndarray, t
 
 
 class OnlineSet:
-    """Episodes that a run collects, in its folder: arrays as in a set, all of their space taken at once. lengths: rows
-    of the episodes that count; what lies beyond them is overwritten. Once the run has ended, a set like any other.
-
-    Raises UserError where the disk has no room."""
+    """Episodes that a run collects, in its folder: arrays as in a set. open() takes the space of `rows` rows at once.
+    lengths: rows of the episodes that count; what lies beyond them is overwritten. Once the run has ended: a set like
+    any other."""
 
     def __init__(self, path: Path, rows: int, size: int, action_dim: int):
-        self.path, self.lengths, self.sizes, found = path, [], {}, []  # sizes: bytes that were there before
+        self.path, self.rows, self.lengths = path, rows, []
+        self.shapes = {"image": (3, size, size), "action": (action_dim,), "reward": (), "discount": ()}
+        self.sizes, self.found = {}, 0  # bytes of the files and rows in all of them before open()
+
+    def open(self) -> None:
+        """Raises UserError where the disk has no room."""
+        found = []
         reserve = getattr(os, "posix_fallocate", lambda handle, _, size: os.truncate(handle, size))  # macOS has none
-        shapes = {"image": (3, size, size), "action": (action_dim,), "reward": (), "discount": ()}
-        with _plain_errors(path):
-            path.mkdir(parents=True, exist_ok=True)
-            (path / "meta.json").unlink(missing_ok=True)  # of a run that was killed between finish() and its own end
-            for name, shape in shapes.items():
+        with _plain_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "meta.json").unlink(
+                missing_ok=True
+            )  # of a run that was killed between finish() and its own end
+            for name, shape in self.shapes.items():
                 dtype = np.dtype(ARRAYS[name])
-                with open(os.open(path / f"{name}.npy", os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+                with open(os.open(self.path / f"{name}.npy", os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
                     row_bytes = int(np.prod(shape)) * dtype.itemsize
                     self.sizes[name] = file.seek(0, os.SEEK_END)
                     found.append(max(self.sizes[name] - HEADER, 0) // row_bytes)
-                    _write_header(file, dtype, (rows, *shape))
+                    _write_header(file, dtype, (self.rows, *shape))
                     file.flush()
-                    reserve(file.fileno(), 0, HEADER + rows * row_bytes)
-                setattr(self, name, np.load(path / f"{name}.npy", mmap_mode="r+"))
-        self.found = min(found)  # rows that were there before, in every file
+                    reserve(file.fileno(), 0, HEADER + self.rows * row_bytes)
+                setattr(self, name, np.load(self.path / f"{name}.npy", mmap_mode="r+"))
+        self.found = min(found)
 
     def give_back(self) -> None:
         """Leaves the files as long as they were before: blank rows in place of lost ones would pass for episodes."""
@@ -755,7 +763,7 @@ class OnlineSet:
         """Cuts the files to the episodes that count and makes them a set; nothing can be added after it."""
         ends = np.cumsum(self.lengths)
         with _plain_errors(self.path):
-            for name in self.sizes:
+            for name in self.shapes:
                 array = getattr(self, name)
                 with open(self.path / f"{name}.npy", "r+b") as file:
                     _write_header(file, array.dtype, (int(ends[-1]), *array.shape[1:]))
@@ -981,17 +989,17 @@ class SequenceBuffer:
                  buffer_device: str = "cpu", force_first: bool = True, online: OnlineSet | None = None):  # fmt: skip
         self.batch_size, self.length, self.force_first, self.online = batch_size, length, force_first, online
         self.device = torch.device(device)
-        self.frames = Frames(dataset, self.device, buffer_device, online)
-        self.action_dim, self.num_rows = dataset.action_dim, self.frames.bounds[-1]
         first_rows, lengths, columns = dataset.rows()
         if lengths.max() < length:
-            if online:
-                online.give_back()
             raise UserError(
                 f"{dataset.path}: its longest episode has {lengths.max()} rows, --window {length} needs as many"
             )
         if short := int((lengths < length).sum()):
             print(f"note: {short} episodes of {dataset.path} are shorter than --window {length} and are in no window")
+        if online:
+            online.open()
+        self.frames = Frames(dataset, self.device, buffer_device, online)
+        self.action_dim, self.num_rows = dataset.action_dim, self.frames.bounds[-1]
         self.action, self.reward, self.discount = (
             torch.zeros(self.num_rows, *column.shape[1:], device=self.device) for column in columns
         )

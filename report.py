@@ -690,10 +690,12 @@ def plot_curves(groups: dict, paper: dict, out: Path) -> list[Path]:
                 if reported:
                     axis.axhline(reported[0], color=color, linestyle=":", linewidth=1)
             online = all(run.row["env_steps"] for runs in variants.values() for run in runs)
-            scores = [0, 100, *(score for runs in variants.values() for run in runs for _, score in run.curve)]
-            limits = (min(scores), max(scores))
-            axis.set(title=title, xlabel="environment steps" if online else "gradient updates", ylim=limits)
+            axis.set(title=title, xlabel="environment steps" if online else "gradient updates")
             axis.legend(fontsize=8)
+        scores = [
+            score for panel in panels.values() for runs in panel.values() for run in runs for _, score in run.curve
+        ]
+        axes[0][0].set_ylim(min(0, *scores), max(100, *scores))
         axes[0][0].set_ylabel("score (return)" if task.startswith(MANIPULATION) else "score (return / 10)")
         figure.suptitle(f"{task}: evaluations; dotted: the paper, on official data")
         figure.tight_layout()

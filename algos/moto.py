@@ -82,7 +82,7 @@ class Args:
     tag: str = ""  # tells apart runs of the same task, set and seed with other flags
     runs_dir: str | None = None  # where run folders are; None: runs/ beside common.py
     overwrite: bool = False  # start anew in a folder that holds a run; without it the same command continues
-    quick: bool = False  # QUICK below: for two CPU cores, shows learning on drawer-open (docs/moto.md)
+    quick: bool = False  # QUICK below: small enough for two CPU cores; what it shows: docs/moto.md
     evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
     offline_from: str | None = None  # a run's folder: begin online after its --offline-steps, with none here
     offline_steps: int | None = None  # gradient updates before the first episode; None: one per transition (DIFF 8)
@@ -144,15 +144,9 @@ TUNED = {  # DIFF 8. The first line: as in Args, of every task, so that none is 
     ("kitchen-partial", "*"): {"bc_success_reward": 3.0},  # DIFF 7: no demonstration solves its four (Appendix C.1)
 }  # fmt: skip
 # not the paper's setting made shorter, but one of its own: a small model that learns faster, then actor and critics
-QUICK_DEMOS = {
-    "offline_steps": 1_000,
-    "online_episodes": 40,
-    "eval_every": 150,
-    "actor_lr": 8e-5,
-    "critic_lr": 8e-5,
-    "target_every": 100,
-    "penalty_coef": 10.0,
-}  # the paper's rates, targets and penalty
+QUICK_DEMOS = {"offline_steps": 1_000, "online_episodes": 40, "eval_every": 150} | {
+    name: getattr(Args, name) for name in ("actor_lr", "critic_lr", "target_every", "penalty_coef", "bc_quantile")
+}
 QUICK = {"transitions": 30_000, "offline_steps": 2_000, "model_first": 600, "updates_per_episode": 20, "batch_size": 8,
          "window": 25, "eval_every": 200, "model_lr": 1e-3, "actor_lr": 3e-4, "critic_lr": 1e-3, "target_every": 10,
          "penalty_coef": 1.0, "bc_quantile": 0.75, "cnn_depth": 16, "ensemble": 5, "units": 200,
@@ -962,10 +956,10 @@ def main(args: Args) -> None:
         if length + 1 < args.window:
             raise UserError(f"online episodes have {length + 1} rows, --window {args.window} needs as many")
         online = OnlineSet(run.path / "online", args.online_episodes * (length + 1), SIZE, dataset.action_dim)
+    agent = Agent(args, dataset.action_dim).to(args.device)
+    update, update_model = (accelerate(agent, name, args) for name in ("update", "update_model"))
     buffer = SequenceBuffer(dataset, args.batch_size, args.window, args.seed, args.device, args.buffer_device,
                             online=online)  # fmt: skip
-    agent = Agent(args, buffer.action_dim).to(args.device)
-    update, update_model = (accelerate(agent, name, args) for name in ("update", "update_model"))
     step = run.load_checkpoint(agent=agent, buffer=buffer)  # 0 for a new run
     worth = worth_imitating(buffer, args)
     if args.bc_filter == "success" and not worth.any():

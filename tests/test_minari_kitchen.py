@@ -72,9 +72,8 @@ def test_the_set_is_what_was_recorded(recorded, tmp_path):
     stored, seen = part.image.astype(float), recorded[2].astype(float)
     assert seen.shape == stored.shape and seen.std() > 10
     here, before = np.abs(stored - seen).mean((1, 2, 3)), np.abs(stored[1:] - seen[:-1]).mean((1, 2, 3))
-    assert (here < 1.5).all() and (
-        here[1:] < 0.5 * before
-    ).all()  # what was seen in this row, but for the state's noise
+    # what was seen in this row, but for the state's noise
+    assert (here < 1.5).all() and (here[1:] < 0.5 * before).all()
     again = convert(recorded, *flags)
     assert again.returncode == 0, again.stderr  # it is there
     other = convert(recorded, *flags, "--render", "reference")

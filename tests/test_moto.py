@@ -380,7 +380,7 @@ def test_losses_and_gradients_in_bf16_are_near_those_in_fp32(monkeypatch):
         gradients = [torch.cat([p.grad.flatten() for p in agent.optimizers[name].params]) for name in losses]
         found.append(([value.item() for value in losses.values()], gradients))
     (fp32, exact), (bf16, near) = found
-    assert bf16 == pytest.approx(fp32, rel=0.05)
+    assert bf16 == pytest.approx(fp32, rel=0.05) and bf16 != fp32
     for one, two in zip(exact, near):
         assert one.norm() > 0 and (one - two).norm() < 0.1 * one.norm()
 
@@ -502,7 +502,7 @@ def test_a_buffer_continues_with_the_episodes_that_counted(tmp_path):
 
 def test_no_room_for_the_episodes(tmp_path):
     with pytest.raises(UserError, match="online.*what was complete before is kept"):
-        OnlineSet(tmp_path / "online", 10**12, 64, 2)  # 12 petabytes
+        OnlineSet(tmp_path / "online", 10**12, 64, 2).open()  # 12 petabytes
 
 
 # ---- runs ----
@@ -578,10 +578,28 @@ def test_the_runs_own_episodes_are_a_set(train, whole):
     assert dataset.rows()[0].tolist() == [0, 7, 14] and len(dataset.parts[0].image) == 21
     scores = [float(row[episodes[0].index("score")]) for row in episodes[1:]]
     assert dataset.mean_return == pytest.approx(10 * np.mean(scores), rel=1e-5)
-    assert_untouched(whole / "online")
     assert train(dataset=whole / "online", steps=["--offline-steps", 1, "--eval-every", 0]) is None
-    assert isinstance(train(crash=8), KeyboardInterrupt)
-    assert not (train.folder() / "online" / "meta.json").exists()  # unfinished
+    assert_untouched(whole / "online")
+
+
+def test_a_kill_between_its_episodes_and_the_end_of_a_run(train, whole, monkeypatch):
+    """They are a set then, until the resumed run goes on in them."""
+    original = common.Run._finish
+
+    def finish(self, *_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.Run, "_finish", finish)
+    assert isinstance(train(), KeyboardInterrupt)
+    monkeypatch.setattr(common.Run, "_finish", original)
+    online = train.folder() / "online"
+    assert Dataset(online).num_episodes == 3
+    assert isinstance(train(crash=3), KeyboardInterrupt)  # before update 9, from the checkpoint of update 6
+    assert not (online / "meta.json").exists()
+    assert train() is None
+    assert same_runs(train.folder(), whole)
+    assert_untouched(online)
+    assert Dataset(online).hash == Dataset(whole / "online").hash
 
 
 def test_online_episodes_are_what_the_environment_gives(whole):
@@ -841,17 +859,25 @@ def test_the_model_alone_first(train, walker_set, tmp_path):
     "flags, missing",
     [([], set()), (["--penalty", "none"], {"imag/penalty"}), (["--bc-filter", "none"], {"bc/kept"}),
      (["--penalty", "none", "--bc-filter", "none"], {"imag/penalty", "bc/kept"}),
-     (["--penalty", "none", "--bc-filter", "none", "--value", "dreamer"], {"imag/penalty", "bc/kept", "critic/q_data"}),
-     (["--agent-batch-size", 3], set())],
+     (["--penalty", "none", "--bc-filter", "none", "--value", "dreamer"],
+      {"imag/penalty", "bc/kept", "critic/q_data"})],
 )  # fmt: skip
 def test_the_ablations_of_figure_3_run(train, flags, missing):
     """missing: what an ablation takes away is 0, or not in the metrics, in both phases; the rest is there."""
     steps = ["--offline-steps", 1, "--online-episodes", 1, "--updates-per-episode", 1]
-    assert train(*flags, "--bc-filter", "all", *flags, "--eval-every", 0, steps=steps) is None
+    assert train("--bc-filter", "all", *flags, "--eval-every", 0, steps=steps) is None
     for phase in ("offline", "online"):
         names, values = rows_of(train.folder(), phase)
         found = dict(zip(names, map(float, values)))
         assert {name for name in ("imag/penalty", "bc/kept", "critic/q_data") if not found.get(name)} == missing
+
+
+def test_a_run_with_windows_apart_for_the_agent(train, whole):
+    """The model learns from the same windows, the actor from others."""
+    steps = ["--offline-steps", 1, "--online-episodes", 1, "--updates-per-episode", 1]
+    assert train("--agent-batch-size", 3, "--eval-every", 0, steps=steps) is None
+    found, expected = (dict(zip(*rows_of(run, "offline")[:2])) for run in (train.folder(), whole))
+    assert found["model/loss"] == expected["model/loss"] and found["imag/value"] != expected["imag/value"]
 
 
 def test_the_runs_own_episodes_are_gone(train):
@@ -909,10 +935,18 @@ def test_what_cannot_be(train, tmp_path):
 
 
 def test_a_set_that_cannot_be_used_takes_no_room(train):
-    """Nothing stays reserved for episodes that are not played."""
+    """Nothing is reserved for episodes that are not played, and nothing of an older run is lost."""
+    assert train() is None
+    error = train("--window", 14, "--episode-steps", 20, "--overwrite")
+    assert isinstance(error, UserError) and "its longest episode has 13 rows, --window 14" in str(error)
+    assert Dataset(train.folder() / "online").num_episodes == 3
+    error = train("--accelerate", "graph", "--overwrite")
+    assert isinstance(error, UserError) and "--accelerate graph" in str(error)
+    assert Dataset(train.folder() / "online").num_episodes == 3
+    shutil.rmtree(train.folder())
     error = train("--window", 14, "--episode-steps", 20)
     assert isinstance(error, UserError) and "its longest episode has 13 rows, --window 14" in str(error)
-    assert sum(file.stat().st_size for file in (train.folder() / "online").iterdir()) == 0
+    assert not (train.folder() / "online").exists()
 
 
 def test_one_update_per_transition_unless_told(train):
@@ -934,10 +968,19 @@ def test_an_action_that_is_not_finite(train, monkeypatch):
 
 def test_an_episode_ends_where_the_task_ends_it():
     """--episode-steps beyond that reserves no more rows."""
-    for asked, actions in ((6, 6), (1_000, 500), (None, 500)):
-        env = common.make_env("walker-walk", None, episode_steps=asked)
+    for task, asked, actions in (
+        ("walker-walk", 6, 6),
+        ("walker-walk", 1_000, 500),
+        ("walker-walk", None, 500),
+        ("lqr-lqr_2_1", 6, 6),
+    ):
+        env = common.make_env(task, None, episode_steps=asked)
         assert env.clock() == (actions, 2)
         env.close()
+    env = common.make_env("lqr-lqr_2_1", None)
+    with pytest.raises(UserError, match="no end of their own; give --episode-steps"):
+        env.clock()
+    env.close()
 
 
 def test_a_loss_that_is_not_finite(train, monkeypatch):
