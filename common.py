@@ -730,9 +730,7 @@ class OnlineSet:
         reserve = getattr(os, "posix_fallocate", lambda handle, _, size: os.truncate(handle, size))  # macOS has none
         with _plain_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / "meta.json").unlink(
-                missing_ok=True
-            )  # of a run that was killed between finish() and its own end
+            (self.path / "meta.json").unlink(missing_ok=True)  # left by a kill between finish() and the run's end
             for name, shape in self.shapes.items():
                 dtype = np.dtype(ARRAYS[name])
                 with open(os.open(self.path / f"{name}.npy", os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
