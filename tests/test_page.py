@@ -375,6 +375,24 @@ def test_the_figure_of_scores(folders, monkeypatch):
     pyplot.gcf().clear()
 
 
+def test_curves_below_0_and_above_100(folders, monkeypatch):
+    """All panels of a task share one axis that shows every score, whichever panel comes last."""
+    from matplotlib import pyplot
+
+    write_seeds(folders, [-20], task="adroit-pen", dataset="first", data_hash="a" * 16)
+    write_seeds(folders, [130], task="adroit-pen", dataset="middle", data_hash="b" * 16)
+    write_seeds(folders, [50], task="adroit-pen", dataset="third", data_hash="c" * 16)
+    groups = report.groups_of(report.gather(folders / "results", folders / "runs")[0])
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    (file,) = report.plot_curves(groups, {}, folders)
+    assert file.read_bytes().startswith(b"\x89PNG")
+    axes = pyplot.gcf().axes
+    ((low, high),) = {axis.get_ylim() for axis in axes}
+    assert len(axes) == 3 and low <= -20 and high >= 130
+    assert {axis.get_xlabel() for axis in axes} == {"gradient updates"}
+    pyplot.gcf().clear()
+
+
 def test_the_repositorys_pages_are_filled():
     """python report.py --docs has been run since results/ or a linked file changed."""
     assert report.fill_docs(ROOT / "results", report.PAGES) == {page: page.read_text() for page in report.PAGES}

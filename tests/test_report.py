@@ -123,6 +123,7 @@ def test_runs_that_collect(tmp_path):
     assert row["data_score"] == row["data_mean"] == 441.23
     text = report.markdown([(row, runs)])
     assert "| 60.0 (success 100 %) | 45.0 (success 75 %) |" in text and "made, 441.2" in text
+    assert "; 4,000 steps online |" in text
 
 
 @pytest.mark.parametrize(
