@@ -141,7 +141,7 @@ def test_config_says_what_ran(evaluated, tiny_set):
     assert config["args"]["precision"] in ("fp32", "bf16")  # auto is resolved
     assert config["args"].keys() == vars(drq_bc.Args()).keys()
     assert config["versions"]["torch"] == torch.__version__
-    optional = {"metaworld", "gymnasium-robotics"}  # where they are installed
+    optional = {"metaworld", "gymnasium", "gymnasium-robotics"}  # where they are installed
     assert config["versions"].keys() - optional == {"python", "torch", "numpy", "mujoco", "dm_control"}
     assert "cores of" in config["hardware"]
     assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?|sha256:[0-9a-f]{12}", config["commit"])
