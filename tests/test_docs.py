@@ -93,6 +93,12 @@ def test_the_curves_that_the_page_of_moto_speaks_of():
         (end,) = [row for row in rows if row["step"] == 1_000]
         assert seed > 2 or sum(row["score"] for row in rows[-5:]) / 5 > end["score"]
         assert f"| {seed} | {cell(end)} | {', '.join(map(cell, rows[-5:]))} | {cell(*rows[-5:])} |" in lines
+        late = {row["step"] for row in rows[-5:]}
+        rows = evaluations(f"{demos}longer-seed{seed}")  # 2,000 offline updates: the same bits up to update 1,000
+        (end,) = [row for row in rows if row["step"] == 2_000]
+        offline = cell(*[row for row in rows if row["step"] in late])
+        online = ", ".join(map(cell, rows[-5:]))
+        assert f"| {seed} | {offline} | {cell(end)} | {online} | {cell(*rows[-5:])} |" in lines
     ablations = {"": "seed1", "`--penalty none`": "no-penalty-seed1", "`--bc-filter none`": "no-imitation-seed1",
                  "`--penalty none --bc-filter none`": "neither-seed1",
                  "`--penalty none --bc-filter none --value dreamer`": "dreamer-seed1"}  # fmt: skip
