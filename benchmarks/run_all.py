@@ -204,7 +204,7 @@ def state_of(run: Path, args, script: Path, data_hash: str | None) -> str:
             last = (config.get("resumed") or [config])[-1]["command"].split()
             typed = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in last if word[:2] == "--"}
             pairs = {name: (config["args"].get(name), value) for name, value in vars(args).items()}
-            # --offline-from takes the donor's for them
+            # with --offline-from these two are the donor's
             free = FREE_FLAGS | ({"offline_steps", "model_first"} if getattr(args, "offline_from", None) else set())
             # a value that the run works out itself is the same unless it was typed then
             same = all(was == now if now not in (None, "auto") else name not in typed
