@@ -8,6 +8,7 @@ The algorithm files import this one and nothing else of the project: a folder th
 (for manipulation tasks also manipulation.py). Networks, losses, schedules and augmentation are not here: papers
 describe them."""
 
+import atexit
 import contextlib
 import csv
 import ctypes
@@ -84,9 +85,9 @@ def choose_gl() -> str:
 
 class DMCSimulator:
     """A dm_control task without its pictures; manipulation.py has others. action (A,) in [-1, 1], scaled to the task's
-    bounds. episode_steps: in actions, inf where the task has no end; score_scale: score per unit of return."""
+    bounds. episode_steps: in actions, inf where the task has no end; return_per_score: 10 where a score is a tenth of the return."""
 
-    action_repeat, score_scale, upside_down = 2, 0.1, False  # V-D4RL's
+    action_repeat, return_per_score, upside_down = 2, 10, False  # V-D4RL's
 
     def __init__(self, task: str):
         from dm_control import suite
@@ -127,11 +128,11 @@ class Env:
     """A simulator and its camera: frames stacked oldest first, terminal apart from timeout.
 
     obs (3 * frame_stack, S, S) uint8, or the simulator's state (D,) float32 where size is None; action (A,) in [-1, 1].
-    spec: action_dim, action_repeat, score_scale, episode_steps, see DMCSimulator."""
+    spec: action_dim, action_repeat, return_per_score, episode_steps, see DMCSimulator."""
 
     def __init__(self, simulator, size: int | None, frame_stack: int, render: str):
         self.simulator, self.frame_stack, self.renderer = simulator, frame_stack, None
-        names = ("action_dim", "action_repeat", "score_scale", "episode_steps")
+        names = ("action_dim", "action_repeat", "return_per_score", "episode_steps")
         self.spec = {name: getattr(simulator, name) for name in names}
         if size is not None:
             import mujoco
@@ -142,6 +143,8 @@ class Env:
                 vis.quality.shadowsize, vis.quality.numstacks = RENDER_QUALITY[render]
             mujoco.gl_context.GLContext = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}").GLContext
             self.renderer = mujoco.Renderer(simulator.model, size, size)
+        self.close = weakref.finalize(self, self._close, self.renderer)  # also when it is dropped,
+        atexit.register(self.close)  # and at exit before GL ends
 
     def reset(self, seed: int) -> tuple[np.ndarray, dict]:
         """Starts the episode that the seed names, whatever was before. Returns obs and info {"state": (D,) float32}."""
@@ -165,12 +168,11 @@ class Env:
         picture = picture[::-1, ::-1] if self.simulator.upside_down else picture
         return np.ascontiguousarray(picture.transpose(2, 0, 1))
 
-    def close(self) -> None:
-        with contextlib.suppress(Exception):  # no renderer, or at the interpreter's end no GL
-            self.renderer._gl_context.make_current()  # else objects of whichever context is current would be deleted
-            self.renderer.close()
-
-    __del__ = close
+    @staticmethod
+    def _close(renderer) -> None:
+        if renderer:
+            renderer._gl_context.make_current()  # else objects of whichever context is current would be deleted
+            renderer.close()
 
 
 def make_env(task: str, size: int | None = 84, frame_stack: int = 3, render: str = "fast", gl: str = "") -> Env:
@@ -280,9 +282,9 @@ class EnvPool:
     def summary(self, returns: np.ndarray) -> dict:
         """What an evaluation logs: the score, which is the mean of returns (count,), on dm_control a tenth of it as in
         V-D4RL; for manipulation also the percentage of successes; every return."""
-        scale = self.spec["score_scale"]
-        success = {"success": 100 * self.success.sum() / self.count} if scale == 1 else {}
-        return {"score": returns.mean() * scale} | success | {"return": returns.tolist()}
+        per_score = self.spec["return_per_score"]
+        success = {"success": 100 * self.success.sum() / self.count} if per_score == 1 else {}
+        return {"score": returns.mean() / per_score} | success | {"return": returns.tolist()}
 
     @staticmethod
     def _close(pipes, processes) -> None:
@@ -370,7 +372,8 @@ class Dataset:
 def standard_set(args, size: int) -> tuple[Path, list[str]]:
     """Folder of the standard set that `args` name, <data_dir>/<source>/<task>/<dataset>-<size>px[-<transitions>]
     [-seed<s>] (the last two if given), and what makes it: the words behind python, from the repository's root."""
-    suffix = f"-{args.transitions}" * bool(args.transitions) + f"-seed{args.data_seed}" * bool(args.data_seed)
+    suffix = f"-{args.transitions}" if args.transitions else ""
+    suffix += f"-seed{args.data_seed}" if args.data_seed else ""
     flags = {"task": args.task, "dataset": args.dataset, "size": size, "data-dir": Path(args.data_dir).resolve()}
     flags |= {"transitions": args.transitions} if args.transitions else {}
     flags |= {"seed": args.data_seed} if args.data_seed else {}
@@ -627,7 +630,13 @@ def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
         if own and not Path(first.dataset).is_dir():
             raise UserError(f"--dataset {first.dataset}: neither one of {', '.join(NAMED_SETS)} nor a folder")
         task = Dataset(first.dataset).task if own else first.task
-        keys = ("*", "*"), ("*", first.dataset), (task.partition("-")[0] + "-*", "*"), (task, "*"), (task, first.dataset)
+        keys = (
+            ("*", "*"),
+            ("*", first.dataset),
+            (task.partition("-")[0] + "-*", "*"),
+            (task, "*"),
+            (task, first.dataset),
+        )
         for table in (tuned, quick) if first.quick else (tuned,):
             for key in keys:
                 merged |= table.get(key, {})
@@ -666,8 +675,9 @@ def evaluation_pool(args, facts: dict, frame_stack: int = 3) -> EnvPool | None:
 
 def run_folder(args, algo: str, set_name: str, source: str) -> Path:
     """<runs_dir>/[quick/]<algo>/<task>/<set>[-vd4rl]/[<tag>-]seed<k>"""
-    base, official = Path(args.runs_dir) / "quick" * args.quick, "-vd4rl" * (source == "vd4rl")
-    return base / algo / args.task / f"{set_name}{official}" / f"{args.tag}{'-' * bool(args.tag)}seed{args.seed}"
+    base = Path(args.runs_dir, "quick") if args.quick else Path(args.runs_dir)
+    official, tag = "-vd4rl" if source == "vd4rl" else "", f"{args.tag}-" if args.tag else ""
+    return base / algo / args.task / f"{set_name}{official}" / f"{tag}seed{args.seed}"
 
 
 class Run:
@@ -713,7 +723,9 @@ class Run:
         changed = [f"--{name.replace('_', '-')} {was} -> {now}" for name, (was, now) in pairs.items()
                    if was != now and name not in FREE_FLAGS]  # fmt: skip
         if changed:
-            raise UserError(f"{self.path} holds another run: {', '.join(changed)}. Give this one a --tag, or --overwrite")
+            raise UserError(
+                f"{self.path} holds another run: {', '.join(changed)}. Give this one a --tag, or --overwrite"
+            )
 
     def begin(self, **objects) -> int:
         """Begins the run, or puts its checkpoint back into `objects` and cuts the metrics that came after it. Returns

@@ -9,7 +9,7 @@
 Images alone, no proprioception, as in MOTO (arXiv:2401.03306 Appendix C.1). render "fast" also switches shadows off, 5 to
 10 times the frames per second and visibly another picture; "reference" is the model as it comes.
 
-Each simulator has what common.DMCSimulator has: action_dim, action_repeat, episode_steps, score_scale, model, data,
+Each simulator has what common.DMCSimulator has: action_dim, action_repeat, episode_steps, return_per_score, model, data,
 camera, upside_down, reset(seed) -> state (D,) float32, step(action) -> state, reward, terminal (never), over, success.
 Rewards are those of the last repeat. Goals and initial states are a function of reset's seed alone."""
 
@@ -36,7 +36,7 @@ def make_simulator(task: str, render: str):
 class Gymnasium:
     """A gymnasium environment behind this interface."""
 
-    action_repeat, score_scale, upside_down = 1, 1, False
+    action_repeat, return_per_score, upside_down = 1, 1, False
 
     def __init__(self, env):
         self.env, self.model, self.data = env, env.model, env.data
