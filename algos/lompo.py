@@ -20,7 +20,7 @@ Differs from the released code, as V-D4RL's fork has it (marked DIFF n where it 
   DIFF 5: the encoder is frozen and deterministic in the second phase, so the set is embedded once: the same numbers.
   DIFF 6: --precision auto is bf16 autocast where the hardware has it; theirs fp32.
   DIFF 7: an evaluation is ten seeded episodes, the last one of the final weights; theirs is one, unseeded.
-  DIFF 8: the discount of a real transition is the set's, 0 after a terminal step; theirs likewise zeroes terminals.
+  DIFF 8: a real transition's discount is the set's, 0 after a terminal step; theirs takes no step as terminal.
 Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
 
 import math
@@ -71,7 +71,7 @@ class Args:
     hidden: Count = 256  # width of the layers beside it
     ensemble: Count = 7  # priors
     units: Count = 256  # width of the hidden layers of reward head, actor and critics
-    penalty: Literal["log_prob_std", "log_prob_var"] = "log_prob_std"  # the released code's; log_prob_var: Eq. 9
+    penalty: Literal["log_prob_std", "log_prob_var"] = "log_prob_std"  # released code; log_prob_var: Eq. 9
     penalty_coef: Weight = 5.0  # lambda of Eq. 9; 1 for random sets; 0: LMBRL
     horizon: Count = 5  # steps of a rollout
     rollout_noise: Weight = 0.2  # std of the noise on a rollout's actions
@@ -411,7 +411,7 @@ class LatentBuffer:
         self.written = self.refreshed = 0  # transitions imagined, episodes whose states were drawn anew, so far
 
     def episode_rows(self, episodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows (n, T) of episodes (n,), the last one repeated where an episode is shorter, and which ones are its own."""
+        """Rows (n, T) of episodes (n,), the last one repeated where an episode is shorter, and which are its own."""
         lengths = self.buffer.lengths[episodes][:, None]
         t = torch.arange(lengths.max())
         rows, inside = self.first[episodes][:, None] + torch.minimum(t, lengths - 1), t < lengths

@@ -94,8 +94,8 @@ class Args:
 TASKS, SETS = ("walker-walk", "cheetah-run"), ("random", "mixed", "medium", "medexp", "expert")
 TUNED = {(task, name): {"penalty_coef": 3.0 if name == "random" else 10.0} for task in TASKS for name in SETS}
 TUNED["walker-walk", "mixed"] = {"penalty_coef": 8.0}  # all three values: DIFF 2
-# A setting of its own: a small model that learns fast, a small penalty, a critic that comes to its values in hundreds of
-# updates, and an actor slow enough to follow it, not the model's mistakes.
+# A setting of its own: a small model that learns fast, a small penalty, a critic that comes to its values in
+# hundreds of updates, and an actor slow enough to follow it, not the model's mistakes.
 QUICK = {("*", "*"): {
     "transitions": 30_000, "batch_size": 16, "window": 25, "model_steps": 1_800, "agent_steps": 1_000,
     "eval_every": 100, "cnn_depth": 16, "ensemble": 5, "units": 200, "model_lr": 1e-3, "actor_lr": 2e-5,
