@@ -574,6 +574,7 @@ class SequenceBuffer:
 Count = Annotated[int, (1, math.inf)]  # types of flags: the number, and the smallest and largest it may be
 Whole = Annotated[int, (0, 2**31)]
 Weight = Annotated[float, (0, math.inf)]
+Rate = Annotated[float, (1e-9, 1)]
 Share = Annotated[float, (0, 1)]
 
 FREE_FLAGS = {"data_dir", "runs_dir", "log_every", "buffer_device", "overwrite", "evaluate"}  # may differ on resume

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside, or one above
 import common  # noqa: E402
-from common import Batch, Count, EnvPool, UserError, Weight, Whole  # noqa: E402
+from common import Batch, Count, EnvPool, Rate, UserError, Weight, Whole  # noqa: E402
 
 Metrics = dict[str, Tensor]
 
@@ -46,7 +46,7 @@ class Args:
     evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
     steps: Whole | None = None  # gradient updates; None: 256 epochs, one update per transition at batch 256 (Table 9)
     batch_size: Count = 256  # transitions (Table 9)
-    lr: Weight = 1e-4  # Adam (DIFF 5)
+    lr: Rate = 1e-4  # Adam (DIFF 5)
     feature_dim: Count = 50  # width of the trunk after the encoder
     hidden_dim: Count = 1024  # width of the actor's two layers
     bc_noise: bool = False  # regress a noisy clipped sample (released code; its schedule: --noise-steps 125000)

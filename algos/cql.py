@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside, or one above
 import common  # noqa: E402
-from common import Batch, Count, EnvPool, Share, UserError, Weight, Whole  # noqa: E402
+from common import Batch, Count, EnvPool, Rate, Share, UserError, Weight, Whole  # noqa: E402
 
 Metrics = dict[str, Tensor]
 
@@ -56,7 +56,7 @@ class Args:
     evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
     steps: Whole | None = None  # gradient updates; None: 256 epochs, one update per transition at batch 256 (Table 9)
     batch_size: Count = 256  # transitions (Table 9)
-    lr: Weight = 1e-4  # Adam, of encoder and critic and of the actor (DIFF 2)
+    lr: Rate = 1e-4  # Adam, of encoder and critic and of the actor (DIFF 2)
     feature_dim: Count = 50  # width of the trunk after the encoder
     hidden_dim: Count = 1024  # width of the two layers of actor and critics
     cql_alpha: Weight = 1.0  # weight of the conservative term: TUNED below (Table 10); 1.0 where the paper gives none

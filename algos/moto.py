@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside, or one above
 import common  # noqa: E402
-from common import Count, EnvPool, Sequences, Share, UserError, Weight, Whole  # noqa: E402
+from common import Count, EnvPool, Rate, Sequences, Share, UserError, Weight, Whole  # noqa: E402
 
 Metrics = dict[str, Tensor]
 
@@ -69,9 +69,9 @@ class Args:
     updates_per_episode: Count = 20  # gradient updates after each of them (DIFF 8)
     batch_size: Count = 16  # windows (Appendix C.3)
     window: Annotated[int, (2, math.inf)] = 50  # rows per window
-    model_lr: Weight = 1e-4  # Adam; the three rates: Appendix C.3
-    actor_lr: Weight = 8e-5
-    critic_lr: Weight = 8e-5
+    model_lr: Rate = 1e-4  # Adam; the three rates: Appendix C.3
+    actor_lr: Rate = 8e-5
+    critic_lr: Rate = 8e-5
     cnn_depth: Count = 48  # channels of the first convolution, doubled by each of the next three
     stoch: Count = 32  # categorical variables
     classes: Count = 32  # of each
@@ -127,6 +127,7 @@ QUICK = {
 }  # fmt: skip
 
 SIZE = 64  # pixels per side: what the decoder's kernels give
+MAX_GRAD_NORM = 100.0
 ONLINE_SEED = 2_000_000  # online episode i of run seed s starts from seed ONLINE_SEED + 100,000 s + i
 
 
@@ -220,8 +221,8 @@ class GRUCell(nn.Module):
 class Priors(nn.Module):
     """The ensemble: N networks of two layers from the recurrent state to the distribution of the stochastic one.
 
-    A weight of all N is one tensor, so that a member not drawn still has a gradient, of zero: its moments and the
-    decay go on, as in TensorFlow."""
+    A weight of all N is one tensor, so a member that is not drawn has a gradient of zero: its moments and the decay go
+    on. In the released code it has none and stays as it is."""
 
     def __init__(self, ensemble: int, deter: int, hidden: int, outputs: int):
         super().__init__()
@@ -283,7 +284,7 @@ class RSSM(nn.Module):
         threshold = torch.rand_like(cumulative[..., :1]) * cumulative[..., -1:]
         index = (cumulative <= threshold).sum(-1, keepdim=True).clamp_max(self.classes - 1)
         one_hot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
-        return (one_hot + probs - probs.detach()).flatten(-2)
+        return (one_hot + (probs - probs.detach())).flatten(-2)
 
     def recur(self, state: State, action: Tensor) -> Tensor:
         """The next recurrent state. action (M, A) leads to it. -> deter (M, D)."""
@@ -449,48 +450,6 @@ def lambda_return(reward: Tensor, next_value: Tensor, gamma: float, td_lambda: f
     return torch.stack(found[::-1])
 
 
-class Optimizer:
-    """Adam as TensorFlow computes it, after a clip of the gradient's global norm and a decay that lr does not scale.
-
-    param = (1 - decay) param - lr_t m / (sqrt(v) + eps),  lr_t = lr sqrt(1 - B2^t) / (1 - B1^t)
-    torch.optim.Adam divides v by 1 - B2^t before it adds eps, which makes the first thousand steps longer."""
-
-    B1, B2, CLIP = 0.9, 0.999, 100.0
-
-    def __init__(self, params, lr: float, eps: float, decay: float):
-        self.params, self.lr, self.eps, self.decay, self.state = list(params), lr, eps, decay, None
-
-    @torch.no_grad()
-    def step(self) -> Tensor:
-        """Returns the gradient's norm before the clip, ()."""
-        params, grads = self.params, [p.grad for p in self.params]
-        if self.state is None:
-            count = torch.zeros((), device=params[0].device)
-            self.state = {"count": count, "m": [*map(torch.zeros_like, params)], "v": [*map(torch.zeros_like, params)]}
-        count, m, v = self.state.values()
-        norm = nn.utils.clip_grad_norm_(params, self.CLIP)
-        if self.decay:
-            torch._foreach_mul_(params, 1 - self.decay)
-        count += 1
-        torch._foreach_lerp_(m, grads, 1 - self.B1)
-        torch._foreach_mul_(v, self.B2)
-        torch._foreach_addcmul_(v, grads, grads, 1 - self.B2)
-        denominator = torch._foreach_sqrt(v)
-        torch._foreach_add_(denominator, self.eps)
-        torch._foreach_div_(denominator, self.lr * (1 - self.B2**count).sqrt() / (1 - self.B1**count))
-        torch._foreach_addcdiv_(params, m, denominator, -1.0)
-        return norm
-
-    def state_dict(self) -> dict:
-        return self.state or {}
-
-    def load_state_dict(self, state: dict) -> None:
-        device = self.params[0].device
-        if state:
-            moments = {name: [part.to(device) for part in state[name]] for name in ("m", "v")}
-            self.state = {"count": state["count"].to(device), **moments}
-
-
 class Agent(nn.Module):
     """World model, actor, critics and their targets."""
 
@@ -508,8 +467,9 @@ class Agent(nn.Module):
         self.critic_target.requires_grad_(False)
         rates = {"model": args.model_lr, "actor": args.actor_lr, "critic": args.critic_lr}
         self.optimizers = {
-            name: Optimizer(getattr(self, name).parameters(), rate, eps=1e-5, decay=1e-6)
-            for name, rate in rates.items()
+            # the decay is 1e-6 a step, whatever the rate
+            name: torch.optim.AdamW(getattr(self, name).parameters(), lr, eps=1e-5, weight_decay=1e-6 / lr, fused=True)
+            for name, lr in rates.items()
         }
 
     def autocast(self):
@@ -692,10 +652,12 @@ class Agent(nn.Module):
         """One step of an optimiser on its own parameters; no gradient is computed for others. Returns the
         gradient's norm before the clip, ()."""
         optimizer = self.optimizers[name]
-        for parameter in optimizer.params:
-            parameter.grad = None
-        loss.backward(inputs=optimizer.params)
-        return optimizer.step()
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.zero_grad()
+        loss.backward(inputs=params)
+        norm = nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
+        optimizer.step()
+        return norm
 
     @torch.no_grad()
     def act(self, obs: Tensor, action: Tensor, state: State | None, draw: bool = False) -> tuple[Tensor, State]:

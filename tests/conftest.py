@@ -17,7 +17,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # 
 torch.set_num_threads(1)
 
 import common  # noqa: E402
-from common import DatasetWriter  # noqa: E402
+from store import DatasetWriter  # noqa: E402
 
 
 def run_python(*words, **kwargs) -> subprocess.CompletedProcess:
