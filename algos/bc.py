@@ -171,7 +171,7 @@ class Agent(nn.Module):
         self.actor = Actor(self.encoder.embed_dim, action_dim, args.feature_dim, args.hidden_dim)
         self.apply(init_weights)  # all of it: load pretrained weights after this line
         self.encoder.to(memory_format=torch.channels_last)  # faster convolutions, same numbers up to rounding
-        on_cuda = args.device.startswith("cuda")
+        on_cuda = args.device == "cuda"
         self.optimizers = {"actor": torch.optim.Adam(self.parameters(), args.lr, fused=True, capturable=on_cuda)}
 
     def augment(self, obs: Tensor) -> Tensor:

@@ -205,7 +205,7 @@ class Agent(nn.Module):
         self.encoder.to(memory_format=torch.channels_last)  # faster convolutions, same numbers up to rounding
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.critic_target.requires_grad_(False)
-        on_cuda = args.device.startswith("cuda")
+        on_cuda = args.device == "cuda"
         groups = {"critic": [*self.encoder.parameters(), *self.critic.parameters()], "actor": self.actor.parameters()}
         self.optimizers = {
             name: torch.optim.Adam(params, args.lr, fused=True, capturable=on_cuda) for name, params in groups.items()

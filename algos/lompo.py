@@ -313,10 +313,6 @@ class WorldModel(nn.Module):
         """image (..., 3, 64, 64) uint8  ->  (..., E)."""
         return self.encoder(scale_pixels(image.flatten(0, -4))).unflatten(0, image.shape[:-3])
 
-    def decode(self, feat: Tensor) -> Tensor:
-        """feat (..., F)  ->  image (..., 3, 64, 64) float32 in about [-0.5, 0.5]."""
-        return self.decoder(feat.flatten(0, -2)).float().unflatten(0, feat.shape[:-1])
-
 
 # ==== Penalties ====
 # every member's prior (N, M, S) of the state arrived at, stoch (M, S)  ->  (M,)
@@ -439,9 +435,7 @@ class Agent(nn.Module):
         }
 
     def autocast(self):
-        return torch.autocast(
-            torch.device(self.args.device).type, torch.bfloat16, enabled=self.args.precision == "bf16"
-        )
+        return torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.precision == "bf16")
 
     # ---- first phase ----
 
@@ -623,7 +617,7 @@ def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.nda
     agent.eval()
     obs, returns, frames = pool.reset(common.EVAL_SEED + np.arange(pool.count)), np.zeros(pool.count), []  # DIFF 7
     action, state = np.zeros((pool.count, agent.action_dim), np.float32), None
-    devices = [torch.cuda.current_device()] if args.device.startswith("cuda") else []
+    devices = [torch.cuda.current_device()] if args.device == "cuda" else []
     with torch.random.fork_rng(devices):  # how often one evaluates does not change the training's draws
         torch.manual_seed(common.EVAL_SEED)
         while not pool.done.all():

@@ -22,17 +22,15 @@ Where the paper is silent or contradicts itself (marked DIFF n where it happens;
   DIFF 4: model sizes, KL, optimiser, entropy, target copies and horizon 5 are Offline DV2's (C.3: DreamerV2's).
   DIFF 5: the imitation term is a mean over rows, printed as a sum beside the means of Eq. 6.
   DIFF 6: evaluations are seeded episodes; the paper says nothing.
-  DIFF 7: tasks with dense rewards have no success to filter by: there the better half of the episodes by return. On
-          kitchen-partial any three objects at once count, in the paper the first three.
-  DIFF 8: 1,000 offline updates on Meta-World and 1,000 episodes of 20 updates; on the kitchen 10,000, 1,326 and 50.
-          Elsewhere one update per transition and none online.
+  DIFF 7: tasks with dense rewards have no success to filter by: there the better half of the episodes by return.
+  DIFF 8: updates and episodes of Appendix C.1; elsewhere one update per transition, and no episodes.
   DIFF 9: --model-first; in Algorithm 1 all learn from the first update.
 Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
 
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -81,13 +79,12 @@ class Args:
     units: Count = 400  # width of the four layers of reward head, actor and critics
     kl_balance: Share = 0.8  # share of the KL's gradient that trains the prior
     free_nats: Weight = 1.0  # below it the mean KL has no gradient
-    penalty: Literal["logit_std", "none"] = "logit_std"  # DIFF 1; none: Figure 3's ablation
-    penalty_coef: Weight = 10.0  # alpha of Eq. 3 (Appendix C.3)
+    penalty_coef: Weight = 10.0  # alpha of Eq. 3 (Appendix C.3); 0: Figure 3's ablation
     value: Literal["expansion", "dreamer"] = "expansion"  # dreamer: DreamerV2's lambda-returns, a critic of states
-    bc_filter: Literal["success", "return", "all", "none"] = "return"  # f of the imitation term (DIFF 7)
+    bc_filter: Literal["success", "return", "all"] = "return"  # f of the imitation term (DIFF 7)
     bc_quantile: Share = 0.5  # return: of the episodes in the buffer, those above this quantile
     bc_success_reward: Weight = 1.0  # success: an episode with a step of at least this reward
-    bc_coef: Weight = 10.0  # beta, weight of the imitation term (Appendix C.3)
+    bc_coef: Weight = 10.0  # beta, weight of the imitation term (Appendix C.3); 0: Figure 3's ablation
     horizon: Count = 5  # imagined steps (DIFF 4)
     gamma: Share = 0.99  # discount per control step
     td_lambda: Share = 0.95  # of the value expansion
@@ -112,7 +109,7 @@ TUNED = {  # DIFF 8
                            "eval_episodes": 20},
     ("kitchen-*", "*"): {"offline_steps": 10_000, "online_episodes": 1_326, "updates_per_episode": 50,
                          "bc_filter": "success", "bc_success_reward": 4.0, "eval_episodes": 20},
-    ("kitchen-partial", "*"): {"bc_success_reward": 3.0},  # DIFF 7: no demonstration solves its four (Appendix C.1)
+    ("kitchen-partial", "*"): {"bc_success_reward": 3.0},  # no demonstration solves its four; any three count (C.1)
 }  # fmt: skip
 # A setting of its own: a small model that learns faster, then actor and critics; the paper's rates on few episodes.
 QUICK_DEMOS = {"offline_steps": 1_000, "online_episodes": 40, "eval_every": 150, "actor_lr": 8e-5, "critic_lr": 8e-5,
@@ -332,10 +329,6 @@ class WorldModel(nn.Module):
         """image (..., 3, 64, 64) uint8  ->  (..., E)."""
         return self.encoder(scale_pixels(image.flatten(0, -4))).unflatten(0, image.shape[:-3])
 
-    def decode(self, feat: Tensor) -> Tensor:
-        """feat (..., F)  ->  image (..., 3, 64, 64) float32 in about [-0.5, 0.5]."""
-        return self.decoder(feat.flatten(0, -2)).float().unflatten(0, feat.shape[:-1])
-
 
 class TruncatedNormal(NamedTuple):
     """A normal with these loc and scale (..., A), cut to [-1, 1]."""
@@ -417,15 +410,9 @@ def categorical_kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum((-2, -1))
 
 
-def categorical_entropy(logits: Tensor) -> Tensor:
-    """Of S independent categoricals, nats. (..., S, K)  ->  (...)."""
-    log_probs = logits.log_softmax(-1)
-    return -(log_probs.exp() * log_probs).sum((-2, -1))
-
-
 def expand_values(reward: Tensor, value: Tensor, gamma: float, td_lambda: float) -> tuple[Tensor, Tensor]:
     """Value expansion. reward (H, M) on arrival in states 1 .. H, value (H + 1, M) V0 of states 0 .. H
-    ->  V and Vhat (H, M) of states 0 .. H-1.
+    ->  V and Vhat (H, M) of states 0 .. H-1. With rewards of states 0 .. H-1, V is DreamerV2's lambda-return.
 
     V^t = reward^{t+1} + gamma Vhat^{t+1};  Vhat^t = (1 - td_lambda) V0^t + td_lambda V^t;  Vhat^H = V0^H
     Unrolled, V is Eq. 5 and Vhat mixes in the expansion of no step."""
@@ -436,18 +423,6 @@ def expand_values(reward: Tensor, value: Tensor, gamma: float, td_lambda: float)
         found.append((expanded, hat))
     expanded, hat = (torch.stack(parts[::-1]) for parts in zip(*found))
     return expanded, hat
-
-
-def lambda_return(reward: Tensor, next_value: Tensor, gamma: float, td_lambda: float) -> Tensor:
-    """reward (H, M) of states 0 .. H-1, next_value (H, M) of states 1 .. H  ->  target (H, M) of states 0 .. H-1.
-
-    target_t = reward_t + gamma ((1 - td_lambda) value_{t+1} + td_lambda target_{t+1}), target_H = value_H
-    A state's target, hence its value, includes its own reward."""
-    target, found = next_value[-1], []
-    for t in reversed(range(len(reward))):
-        target = reward[t] + gamma * ((1 - td_lambda) * next_value[t] + td_lambda * target)
-        found.append(target)
-    return torch.stack(found[::-1])
 
 
 class Agent(nn.Module):
@@ -473,9 +448,7 @@ class Agent(nn.Module):
         }
 
     def autocast(self):
-        return torch.autocast(
-            torch.device(self.args.device).type, torch.bfloat16, enabled=self.args.precision == "bf16"
-        )
+        return torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.precision == "bf16")
 
     def model_loss(self, batch: Sequences) -> tuple[Tensor, State, Metrics]:
         """Negative evidence bound of windows, and their states (B, T, ...) without gradient."""
@@ -500,18 +473,12 @@ class Agent(nn.Module):
         reward_loss = normal_nll(reward, batch.reward) / reward.numel()
         loss = image_loss + reward_loss + kl_loss
         metrics = {"loss": loss, "image_loss": image_loss, "reward_loss": reward_loss, "kl": train_prior}
-        metrics |= {
-            "post_entropy": categorical_entropy(post).mean(),
-            "prior_entropy": categorical_entropy(prior).mean(),
-        }
         states = State(*(part.detach() for part in states))
         return loss, states, {f"model/{name}": value.detach() for name, value in metrics.items()}
 
     def penalty(self, state: State) -> Tensor:
         """Deviation over the priors of the normalised logits, on arriving at a state. (M, ...)  ->  (M,). Unnormalised
         logits carry an offset per variable that means nothing (DIFF 1)."""
-        if self.args.penalty == "none":
-            return state.deter.new_zeros(len(state.deter))
         logits = self.model.rssm.priors(state.deter).unflatten(-1, (self.args.stoch, self.args.classes))  # (N, M, S, K)
         return logits.log_softmax(-1).std(0, correction=0).mean((-2, -1))
 
@@ -535,7 +502,7 @@ class Agent(nn.Module):
 
         index      0       1    ...  H-1    H
         feat       data    imagined  ...    imagined
-        reward     -       r^1  ...  r^H-1  r^H       penalised, on arrival
+        reward     -       r^1  ...  r^H-1  r^H       penalised, on arrival; under --value dreamer r^0 .. r^H-1
         V0         min_i Q_i(feat, action)  ...
         loss       Vhat^0  ...       Vhat^H-1         the first one: the actor's action in a state of the data"""
         args = self.args
@@ -550,38 +517,37 @@ class Agent(nn.Module):
         if args.value == "expansion":
             _, hat = expand_values(reward, self.critic(feat, action).amin(0), args.gamma, args.td_lambda)
             loss = -(hat + args.actor_ent * entropy).mean()
-        else:
-            loss, hat = self.dreamer_actor_loss(feat, action, reward, entropy)
-        imitation, kept = self.imitation_loss(start, batch, worth)
-        metrics = {"actor/loss": loss, "actor/entropy": entropy.mean(), "bc/loss": imitation, "bc/kept": kept}
+        else:  # the actor cannot change state 0; entropy^0 goes with state 1
+            hat, _ = expand_values(reward, self.critic_target(feat, action)[0], args.gamma, args.td_lambda)
+            weight = args.gamma ** torch.arange(args.horizon - 1, device=feat.device)[:, None]
+            loss = -(weight * (hat[1:] + args.actor_ent * entropy[:-1])).mean()
+        # row       t          t+1          arrival rows: the action that was taken in feat[t] lies in the next row
+        # feat      feat[t]
+        # action               action[t+1]
+        # f                    worth[t+1]   of the whole episode
+        log_prob = truncated_log_prob(self.actor(start.feat[:, :-1]), batch.action[:, 1:])
+        assert log_prob.shape == worth[:, 1:].shape  # (B, T - 1)
+        imitation = -(worth[:, 1:] * log_prob).mean()  # DIFF 5
+        metrics = {"actor/loss": loss, "actor/entropy": entropy.mean(), "bc/loss": imitation}
+        metrics["bc/kept"] = worth[:, 1:].mean()
         metrics |= {"imag/value": hat.mean(), "imag/reward": model_reward.mean()}
         metrics |= {"imag/penalty": penalty.mean(), "imag/penalty_std": penalty.std(correction=0)}
         rollout = [part.detach() for part in (feat, action, reward)]
         return loss + args.bc_coef * imitation, rollout, {name: value.detach() for name, value in metrics.items()}
 
-    def imitation_loss(self, start: State, batch: Sequences, worth: Tensor) -> tuple[Tensor, Tensor]:
-        """-mean f log pi(a | s) over the data's pairs, and the mean of f. worth (B, T): f, of the whole episode.
-
-        row       t          t+1
-        feat      feat[t]                 arrival rows: the action that was taken in feat[t] lies in the next row
-        action               action[t+1]
-        f                    worth[t+1]"""
-        worth = worth[:, 1:]
-        log_prob = truncated_log_prob(self.actor(start.feat[:, :-1]), batch.action[:, 1:])
-        assert log_prob.shape == worth.shape  # (B, T - 1)
-        return -(worth * log_prob).mean(), worth.mean()  # DIFF 5
-
     def critic_loss(self, rollout: list[Tensor], batch: Sequences) -> tuple[Tensor, Metrics]:
         """Eq. 9: Eq. 7 on the rollout, feat (H + 1, M, F), action (H + 1, M, A), reward (H, M), and Eq. 8 on the data,
         whose states are the rollout's first."""
         args, (feat, action, reward) = self.args, rollout
-        if args.value == "dreamer":
-            return self.dreamer_critic_loss(feat, action, reward)
         with torch.no_grad():
             v0_bar = self.critic_target(feat, action).amin(0)  # (H + 1, M)
             model_target, _ = expand_values(reward, v0_bar, args.gamma, args.td_lambda)
         q = self.critic(feat[:-1], action[:-1])
         assert q.shape[1:] == model_target.shape  # (2, H, M), (H, M)
+        if args.value == "dreamer":
+            weight = args.gamma ** torch.arange(args.horizon, device=feat.device)[:, None]
+            loss = (weight * 0.5 * (q[0] - model_target).square()).mean()
+            return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean()}
         model_loss = (model_target - q).square().mean((1, 2)).sum()  # Eq. 7; the sum: over the two critics
         # row       j          j+1                                          arrival rows
         # state     feat[j]    feat[j+1]
@@ -599,44 +565,14 @@ class Agent(nn.Module):
         metrics |= {"q": q.mean(), "q_data": q_data.mean()}
         return loss, {f"critic/{name}": value.detach() for name, value in metrics.items()}
 
-    # ---- --value dreamer: DreamerV2's (2010.02193) losses, as in offline_dv2.py ----
-
-    def dreamer_actor_loss(
-        self, feat: Tensor, action: Tensor, reward: Tensor, entropy: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """-(lambda-returns + entropy), weighted 1, gamma ... Returns loss () and lambda-returns of states 0 .. H-1.
-
-        index      0       1    ...  H-1    H
-        reward     r^0     r^1  ...  r^H-1          of the state itself
-        value      -       V^1  ...  V^H-1  V^H     by the target critic, which sees the state alone
-        loss       -       1    ...  gamma^H-2      the actor cannot change state 0; entropy^0 goes with state 1"""
-        args = self.args
-        value = lambda_return(reward, self.critic_target(feat[1:], action[1:])[0], args.gamma, args.td_lambda)
-        weight = args.gamma ** torch.arange(args.horizon - 1, device=feat.device)[:, None]
-        return -(weight * (value[1:] + args.actor_ent * entropy[:-1])).mean(), value
-
-    def dreamer_critic_loss(self, feat: Tensor, action: Tensor, reward: Tensor) -> tuple[Tensor, Metrics]:
-        """To lambda-returns of states 0 .. H-1, own rewards included, weighted 1, gamma ..."""
-        args = self.args
-        with torch.no_grad():
-            target = lambda_return(reward, self.critic_target(feat[1:], action[1:])[0], args.gamma, args.td_lambda)
-        value = self.critic(feat[:-1], action[:-1])[0]
-        assert value.shape == target.shape  # (H, M)
-        weight = args.gamma ** torch.arange(len(target), device=feat.device)[:, None]
-        loss = (weight * 0.5 * (value - target).square()).mean()
-        return loss, {"critic/loss": loss.detach(), "critic/q": value.detach().mean()}
-
-    def update_model(self, batch: Sequences) -> Metrics:
-        """One gradient step of the world model alone."""
-        with self.autocast():
-            loss, _, metrics = self.model_loss(batch)
-        return metrics | {"model/grad_norm": self.minimize("model", loss)}
-
-    def update(self, batch: Sequences, worth: Tensor) -> Metrics:
-        """One gradient step of model, actor and critics, from one batch (DIFF 3). worth (B, T): f of its rows."""
+    def update(self, batch: Sequences, worth: Tensor | None) -> Metrics:
+        """One gradient step of model, actor and critics, from one batch (DIFF 3). worth (B, T): f of its rows; None:
+        of the model alone (DIFF 9)."""
         with self.autocast():
             model_loss, states, metrics = self.model_loss(batch)
         metrics["model/grad_norm"] = self.minimize("model", model_loss)
+        if worth is None:
+            return metrics
         with self.autocast():
             actor_loss, rollout, actor_metrics = self.actor_loss(states, batch, worth)
         metrics["actor/grad_norm"] = self.minimize("actor", actor_loss)
@@ -644,9 +580,6 @@ class Agent(nn.Module):
             critic_loss, critic_metrics = self.critic_loss(rollout, batch)
         metrics["critic/grad_norm"] = self.minimize("critic", critic_loss)
         return metrics | actor_metrics | critic_metrics
-
-    def update_target(self) -> None:
-        self.critic_target.load_state_dict(self.critic.state_dict())
 
     def minimize(self, name: str, loss: Tensor) -> Tensor:
         """One step of an optimiser on its own parameters; no gradient is computed for others. Returns the
@@ -669,8 +602,6 @@ class Agent(nn.Module):
         state = State(*(part[:, 0] for part in states))
         policy = self.actor(state.feat)
         return policy.sample() if draw else policy.loc, state
-
-    # ---- checkpoints ----
 
     def get_extra_state(self) -> dict:
         """What torch adds to state_dict(): the optimisers. What else an update changes belongs here, for resume."""
@@ -695,7 +626,8 @@ class OnlineBuffer(common.SequenceBuffer):
 
     def __init__(self, dataset: common.Dataset, args: Args, rows: int):
         super().__init__(dataset, args.batch_size, args.window, args.seed, args.device, args.buffer_device)
-        self.set_rows, self.rows, self.online = len(self.reward), rows, []  # online: rows of each own episode
+        self.set_rows, self.rows = len(self.reward), rows
+        self.online, self.files = [], {}  # rows of each own episode; name -> array
         for name in ("action", "reward", "discount", "is_first"):
             column = getattr(self, name)
             setattr(self, name, torch.cat([column, column.new_zeros(rows, *column.shape[1:])]))
@@ -710,22 +642,20 @@ class OnlineBuffer(common.SequenceBuffer):
                 array = np.lib.format.open_memmap(file, "w+", common.ARRAYS[name], (self.rows, *shape))
                 with open(file, "r+b") as handle:  # a full disk would be a bus error later
                     os.posix_fallocate(handle.fileno(), 0, array.nbytes)
-            setattr(self, f"online_{name}", np.load(file, mmap_mode="r+"))
-        frames = torch.from_numpy(self.online_image)
+            self.files[name] = np.load(file, mmap_mode="r+")
+        frames = torch.from_numpy(self.files["image"])
         self.frames.images.append(frames.to(self.device) if self.frames.on_gpu else frames)
         for episode in range(len(self.online)):
             self.take_in(episode)
 
     def add(self, images: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminal: bool) -> None:
-        """One episode: images (T+1, 3, S, S) uint8, actions (T, A), rewards (T,)."""
-        rows = slice(sum(self.online), sum(self.online) + len(images))
-        self.online_image[rows] = images
-        self.online_action[rows] = np.concatenate([np.zeros_like(actions[:1]), actions])  # arrival rows
-        self.online_reward[rows] = np.concatenate([[0], rewards])
-        self.online_discount[rows] = 1
-        self.online_discount[rows.stop - 1] = not terminal
-        for name in ("image", "action", "reward", "discount"):
-            getattr(self, f"online_{name}").flush()
+        """One episode: images (T+1, 3, S, S) uint8, actions (T, A), rewards (T,); stored as arrival rows."""
+        first, last = sum(self.online), sum(self.online) + len(actions)
+        self.files["image"][first : last + 1] = images
+        for name, values in {"action": actions, "reward": rewards, "discount": 1}.items():
+            self.files[name][first] = name == "discount"
+            self.files[name][first + 1 : last + 1] = values
+        self.files["discount"][last] = not terminal
         self.online.append(len(images))
         self.take_in(len(self.online) - 1)
 
@@ -734,10 +664,10 @@ class OnlineBuffer(common.SequenceBuffer):
         first, count = sum(self.online[:episode]), self.online[episode]
         ours = slice(self.set_rows + first, self.set_rows + first + count)
         for name in ("action", "reward", "discount"):
-            getattr(self, name)[ours] = torch.from_numpy(getattr(self, f"online_{name}")[first : first + count])
+            getattr(self, name)[ours] = torch.from_numpy(self.files[name][first : first + count])
         self.is_first[ours.start] = True
         if self.frames.on_gpu:
-            self.frames.images[-1][first : first + count] = torch.from_numpy(self.online_image[first : first + count])
+            self.frames.images[-1][first : first + count] = torch.from_numpy(self.files["image"][first : first + count])
         self.set_lengths(torch.cat([self.lengths, torch.tensor([count])]))
 
     def played(self, repeat: int) -> dict[str, int]:
@@ -756,63 +686,50 @@ def worth_imitating(buffer: OnlineBuffer, args: Args) -> Tensor:
     """f of each row of the buffer, 1 or 0 by its episode; 0 where no episode is yet. -> (rows,) float32.
 
     success: the episode has a step of at least --bc-success-reward. return: its return is above the quantile of all
-    episodes' returns, or equal to the highest. all: every row. none: no row."""
-    worth = torch.zeros_like(buffer.reward)
-    if args.bc_filter == "none":
-        return worth
-    count = int(buffer.lengths.sum())
-    good = torch.ones(len(buffer.lengths))
+    episodes' returns, or equal to the highest. all: every episode."""
+    count, worth = int(buffer.lengths.sum()), torch.zeros_like(buffer.reward)
     episodes = buffer.reward[:count].cpu().split(buffer.lengths.tolist())
+    highest, returns = (torch.stack([of(episode) for episode in episodes]) for of in (torch.max, torch.sum))
+    good = torch.ones(len(episodes), dtype=torch.bool)
     if args.bc_filter == "success":
-        good = torch.stack([episode.max() >= args.bc_success_reward for episode in episodes]).float()
+        good = highest >= args.bc_success_reward
     if args.bc_filter == "return":
-        returns = torch.stack([episode.sum() for episode in episodes])
-        good = ((returns > returns.quantile(args.bc_quantile)) | (returns == returns.max())).float()
-    worth[:count] = good.repeat_interleave(buffer.lengths).to(buffer.device)
+        good = (returns > returns.quantile(args.bc_quantile)) | (returns == returns.max())
+    worth[:count] = good.float().repeat_interleave(buffer.lengths).to(buffer.device)
     return worth
 
 
-def online_episode(agent: Agent, pool: EnvPool, args: Args, number: int) -> tuple:
-    """Plays episode `number` with drawn actions. -> images (T+1, 3, S, S), actions (T, A), rewards (T,), terminal."""
-    obs = pool.reset([(ONLINE_SEED + 100_000 * args.seed + number) % 2**32])
-    images, actions, rewards, terminal = [obs[0]], [], [], [False]
-    action, state = np.zeros((1, agent.action_dim), np.float32), None
+@torch.no_grad()
+def play(agent: Agent, pool: EnvPool, args: Args, seeds, draw: bool = False) -> tuple[np.ndarray, ...]:
+    """Episodes of the actor on filtered states. Returns images (T+1, B, 3, S, S), actions (T, B, A), rewards (T, B),
+    terminal (B,)."""
     agent.eval()
+    obs, state, action = pool.reset(seeds), None, np.zeros((pool.count, agent.action_dim), np.float32)
+    images, actions, rewards, terminal = [obs], [], [], np.zeros(pool.count, bool)
     while not pool.done.all():
-        arrays = (torch.from_numpy(array).to(args.device) for array in (obs, action))
-        chosen, state = agent.act(*arrays, state, draw=True)
+        chosen, state = agent.act(*(torch.from_numpy(x).to(args.device) for x in (obs, action)), state, draw)
         action = chosen.cpu().numpy()
         if not np.isfinite(action).all():
-            raise UserError(f"online episode {number}: the actor's action is not finite; the checkpoint is kept")
-        obs, reward, terminal = pool.step(action)
-        images.append(obs[0])
-        actions.append(action[0])
-        rewards.append(reward[0])
+            raise UserError("an action of the actor is not finite; the checkpoint is kept")
+        obs, reward, ended = pool.step(action)
+        terminal |= ended
+        for found, array in ((images, obs), (actions, action), (rewards, reward)):
+            found.append(array)
     agent.train()
-    return np.stack(images), np.stack(actions), np.array(rewards), bool(terminal[0])
+    return np.stack(images), np.stack(actions), np.stack(rewards), terminal
 
 
 # ==== Evaluation ====
 
 
 def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.ndarray]]:
-    """The actor's mode on filtered states, the same episodes and the same posterior draws every time. Returns score and
-    every return, frames of the first episode."""
-    agent.eval()
-    obs, returns, frames = pool.reset(common.EVAL_SEED + np.arange(pool.count)), np.zeros(pool.count), []  # DIFF 6
-    action, state = np.zeros((pool.count, agent.action_dim), np.float32), None
-    devices = [torch.cuda.current_device()] if args.device.startswith("cuda") else []
+    """The actor's mode, the same episodes and the same posterior draws every time (DIFF 6). Returns score and every
+    return, frames of the first episode."""
+    devices = [torch.cuda.current_device()] if args.device == "cuda" else []
     with torch.random.fork_rng(devices):  # how often one evaluates does not change the training's draws
         torch.manual_seed(common.EVAL_SEED)
-        while not pool.done.all():
-            frames.append(obs[0].copy())  # a view would keep the frames of all episodes
-            images, last = (torch.from_numpy(array).to(args.device) for array in (obs, action))
-            chosen, state = agent.act(images, last, state)
-            action = chosen.cpu().numpy()
-            obs, reward, _ = pool.step(action)  # reward is 0 where the episode is over
-            returns += reward
-    agent.train()
-    return pool.summary(returns), frames
+        images, _, rewards, _ = play(agent, pool, args, common.EVAL_SEED + np.arange(pool.count))
+    return pool.summary(rewards.sum(0)), list(images[:, 0])
 
 
 def evaluate_run(args: Args) -> None:
@@ -840,13 +757,10 @@ def main(args: Args) -> None:
     pool = common.evaluation_pool(args, dataset.facts(), 1)
     rows, repeat = 0, 1
     if args.online_episodes:
-        if dataset.task == "own":
-            raise UserError(f"{dataset.path} names no task to collect in; --online-episodes 0")
-        episode_pool = EnvPool(args.task, SIZE, 1, 1, dataset.render)
-        repeat, length = (episode_pool.spec[name] for name in ("action_repeat", "episode_steps"))
-        if length == math.inf or episode_pool.spec["action_dim"] != dataset.action_dim:
-            raise UserError(f"{dataset.path}: no episodes for its actions in {args.task}: {episode_pool.spec}")
-        rows = args.online_episodes * (int(length) + 1)
+        alone = replace(args, eval_episodes=1, eval_every=1)
+        episode_pool = common.evaluation_pool(alone, dataset.facts(), 1)
+        repeat = episode_pool.spec["action_repeat"]
+        rows = args.online_episodes * (episode_pool.spec["episode_steps"] + 1)
     agent = Agent(args, dataset.action_dim).to(args.device)
     common.accelerate(agent, args)
     if args.offline_from and not run.checkpoint.exists():
@@ -861,16 +775,16 @@ def main(args: Args) -> None:
     while step < args.steps:
         phase = "model" if step < args.model_first else "offline" if step < args.offline_steps else "online"
         if phase == "online" and (step - args.offline_steps) % args.updates_per_episode == 0:
-            images, actions, rewards, terminal = online_episode(agent, episode_pool, args, len(buffer.online))
-            buffer.add(images, actions, rewards, terminal)
-            score = episode_pool.summary(rewards.sum(keepdims=True))
-            run.log("episodes", step + 1, score | buffer.played(repeat))
+            seed = (ONLINE_SEED + 100_000 * args.seed + len(buffer.online)) % 2**32
+            images, actions, rewards, terminal = play(agent, episode_pool, args, [seed], draw=True)
+            buffer.add(images[:, 0], actions[:, 0], rewards[:, 0], terminal[0])
+            run.log("episodes", step + 1, episode_pool.summary(rewards.sum(0)) | buffer.played(repeat))
             worth = worth_imitating(buffer, args)
         batch = buffer.sample()
-        metrics = agent.update_model(batch) if phase == "model" else agent.update(batch, worth[batch.row])  # DIFF 9
+        metrics = agent.update(batch, None if phase == "model" else worth[batch.row])
         step += 1
         if step % args.target_every == 0:
-            agent.update_target()
+            agent.critic_target.load_state_dict(agent.critic.state_dict())
         run.advance(step)
         if run.log_due:
             run.log(phase, step, {name: value.item() for name, value in metrics.items()})  # the only .item()

@@ -308,10 +308,6 @@ class WorldModel(nn.Module):
         """image (..., 3, 64, 64) uint8  ->  (..., E)."""
         return self.encoder(scale_pixels(image.flatten(0, -4))).unflatten(0, image.shape[:-3])
 
-    def decode(self, feat: Tensor) -> Tensor:
-        """feat (..., F)  ->  image (..., 3, 64, 64) float32 in about [-0.5, 0.5]."""
-        return self.decoder(feat.flatten(0, -2)).float().unflatten(0, feat.shape[:-1])
-
 
 class TruncatedNormal(NamedTuple):
     """A normal with these loc and scale (..., A), cut to [-1, 1]."""
@@ -443,9 +439,7 @@ class Agent(nn.Module):
         }
 
     def autocast(self):
-        return torch.autocast(
-            torch.device(self.args.device).type, torch.bfloat16, enabled=self.args.precision == "bf16"
-        )
+        return torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.precision == "bf16")
 
     # ---- first phase ----
 
@@ -565,9 +559,6 @@ class Agent(nn.Module):
         critic_norm = self.minimize("critic", critic_loss)
         return actor_metrics | critic_metrics | {"actor/grad_norm": actor_norm, "critic/grad_norm": critic_norm}
 
-    def update_target(self) -> None:
-        self.critic_target.load_state_dict(self.critic.state_dict())
-
     # ---- both ----
 
     def minimize(self, name: str, loss: Tensor) -> Tensor:
@@ -616,7 +607,7 @@ def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.nda
     agent.eval()
     obs, returns, frames = pool.reset(common.EVAL_SEED + np.arange(pool.count)), np.zeros(pool.count), []  # DIFF 6
     action, state = np.zeros((pool.count, agent.action_dim), np.float32), None
-    devices = [torch.cuda.current_device()] if args.device.startswith("cuda") else []
+    devices = [torch.cuda.current_device()] if args.device == "cuda" else []
     with torch.random.fork_rng(devices):  # how often one evaluates does not change the training's draws
         torch.manual_seed(common.EVAL_SEED)
         while not pool.done.all():
@@ -673,7 +664,7 @@ def main(args: Args) -> None:
             batch = buffer.sample(images=False)
             metrics = agent.update_agent(batch, embeds[batch.row])
             if (step + 1 - args.model_steps) % args.target_every == 0:
-                agent.update_target()
+                agent.critic_target.load_state_dict(agent.critic.state_dict())
         step += 1
         run.advance(step)
         if run.log_due:
