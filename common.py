@@ -2,7 +2,7 @@
 
     environments   make_env, EnvPool
     data           open_dataset, TransitionBuffer, SequenceBuffer
-    runs           parse_args, start_run, accelerate
+    runs           parse_args, Run, accelerate
 
 The algorithm files import this one and nothing else of the project: a folder that holds one of them and this file works
 (for manipulation tasks also manipulation.py). Networks, losses, schedules and augmentation are not here: papers
@@ -13,7 +13,6 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
-import functools
 import hashlib
 import importlib
 import importlib.metadata
@@ -61,7 +60,7 @@ RENDER_QUALITY = {  # name -> (shadow map size, stacks per geometry)
     "reference": None,  # the model's own: pixel for pixel what dm_control's physics.render gives
 }
 GL_OFF = ("", "off", "false", "0", "disable", "disabled")  # values of MUJOCO_GL that name no backend
-GL_HELP = "EGL needs apt-get install libegl1 libopengl0 libgl1-mesa-dri; slower: libosmesa6 and MUJOCO_GL=osmesa"
+GL_HELP = "EGL needs: apt-get install libegl1 libopengl0 libgl1-mesa-dri"
 
 
 def cores() -> int:
@@ -69,33 +68,24 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@functools.cache
-def choose_gl() -> str:
-    """The rendering backend: $MUJOCO_GL if it names one, else EGL (cgl on macOS). Raises UserError where it does not
-    work. It is tried in a process of its own: PyOpenGL keeps the first platform it has loaded."""
+def gl_backend() -> str:
+    """What renders: $MUJOCO_GL if it names a backend, else EGL (cgl on macOS)."""
     wanted = os.environ.get("MUJOCO_GL", "").strip().lower()
-    backend = wanted if wanted not in GL_OFF else "cgl" if sys.platform == "darwin" else "egl"
-    probe = [sys.executable, "-c", f"from mujoco.{backend} import GLContext; GLContext(8, 8).free()"]
-    done = subprocess.run(probe, env=os.environ | {"MUJOCO_GL": "off"}, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
-        raise UserError(f"MUJOCO_GL={backend} cannot render here ({reason}). {GL_HELP}")
-    return backend
+    return wanted if wanted not in GL_OFF else "cgl" if sys.platform == "darwin" else "egl"
 
 
 class DMCSimulator:
-    """A dm_control task without its pictures; manipulation.py has others. action (A,) in [-1, 1], scaled to the task's
-    bounds. episode_steps: in actions, inf where the task has no end; return_per_score: 10 where a score is a tenth of the return."""
+    """A dm_control task without its pictures; manipulation.py has others. episode_steps: in actions, inf where the task
+    has no end. return_per_score: 10, V-D4RL's score is a tenth of the return."""
 
-    action_repeat, return_per_score, upside_down = 2, 10, False  # V-D4RL's
+    action_repeat, return_per_score, upside_down = 2, 10, False
 
     def __init__(self, task: str):
         from dm_control import suite
 
         domain, _, name = task.partition("-")
         if (domain, name) not in suite.ALL_TASKS:
-            known = ", ".join(sorted("-".join(pair) for pair in suite.ALL_TASKS))
-            raise UserError(f"--task {task}: no such dm_control task. There are: {known}")
+            raise KeyError(", ".join(sorted("-".join(pair) for pair in suite.ALL_TASKS)))
         self.env = suite.load(domain, name)
         self.model, self.data = self.env.physics.model.ptr, self.env.physics.data.ptr
         spec = self.env.action_spec()
@@ -109,7 +99,8 @@ class DMCSimulator:
         return self.state_of(self.env.reset())
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, bool]:
-        """Returns state (D,), reward summed over the repeats, in [0, 2], terminal, over, success (never)."""
+        """action (A,) in [-1, 1], scaled to the task's bounds. Returns state (D,), reward summed over the repeats, in
+        [0, 2], terminal, over, success (never)."""
         action, reward = self.low + (action + 1) * (self.high - self.low) / 2, 0.0
         for _ in range(self.action_repeat):
             time_step = self.env.step(action)
@@ -130,7 +121,7 @@ class Env:
     obs (3 * frame_stack, S, S) uint8, or the simulator's state (D,) float32 where size is None; action (A,) in [-1, 1].
     spec: action_dim, action_repeat, return_per_score, episode_steps, see DMCSimulator."""
 
-    def __init__(self, simulator, size: int | None, frame_stack: int, render: str):
+    def __init__(self, simulator, size: int | None, frame_stack: int, render: str, gl: str):
         self.simulator, self.frame_stack, self.renderer = simulator, frame_stack, None
         names = ("action_dim", "action_repeat", "return_per_score", "episode_steps")
         self.spec = {name: getattr(simulator, name) for name in names}
@@ -141,25 +132,26 @@ class Env:
             vis.global_.offwidth = vis.global_.offheight = size
             if RENDER_QUALITY[render] is not None:
                 vis.quality.shadowsize, vis.quality.numstacks = RENDER_QUALITY[render]
-            mujoco.gl_context.GLContext = importlib.import_module(f"mujoco.{os.environ['MUJOCO_GL']}").GLContext
-            self.renderer = mujoco.Renderer(simulator.model, size, size)
+            try:
+                mujoco.gl_context.GLContext = importlib.import_module(f"mujoco.{gl}").GLContext
+                self.renderer = mujoco.Renderer(simulator.model, size, size)
+            except Exception as error:  # whatever a GL library raises
+                raise UserError(f"MUJOCO_GL={gl} cannot render here ({error}). {GL_HELP}") from None
         self.close = weakref.finalize(self, self._close, self.renderer)  # also when it is dropped,
         atexit.register(self.close)  # and at exit before GL ends
 
     def reset(self, seed: int) -> tuple[np.ndarray, dict]:
         """Starts the episode that the seed names, whatever was before. Returns obs and info {"state": (D,) float32}."""
-        state, self.steps = self.simulator.reset(seed), 0
-        self.frames = [self.frame()] * self.frame_stack if self.renderer else []
-        return self.observe(state), {"state": state}
+        state = self.simulator.reset(seed)
+        self.frames = [self.frame()] * self.frame_stack if self.renderer else [state]
+        return np.concatenate(self.frames), {"state": state}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Returns obs, reward, terminal (no value beyond), timeout (only the clock ran out), info."""
         state, reward, terminal, over, success = self.simulator.step(np.asarray(action, np.float64))
-        self.frames = [*self.frames[1:], self.frame()] if self.renderer else []
-        return self.observe(state), reward, terminal, over and not terminal, {"state": state, "success": success}
-
-    def observe(self, state: np.ndarray) -> np.ndarray:
-        return np.concatenate(self.frames) if self.renderer else state
+        self.frames = [*self.frames[1:], self.frame() if self.renderer else state]
+        info = {"state": state, "success": success}
+        return np.concatenate(self.frames), reward, terminal, over and not terminal, info
 
     def frame(self) -> np.ndarray:
         """The current state as a picture (3, S, S) uint8."""
@@ -177,20 +169,21 @@ class Env:
 
 def make_env(task: str, size: int | None = 84, frame_stack: int = 3, render: str = "fast", gl: str = "") -> Env:
     """task: "domain-task" of dm_control, or one of manipulation.py; size: pixels per side, None for states instead of
-    frames; render: a key of RENDER_QUALITY; gl: see choose_gl. Raises UserError for an unknown task, without GL, or
-    without the packages of a manipulation task."""
-    os.environ["MUJOCO_GL"] = "off" if size is None else gl or choose_gl()  # what importing mujoco starts
-    if not task.startswith(MANIPULATION):
-        return Env(DMCSimulator(task), size, frame_stack, render)
-    try:
-        from manipulation import make_simulator
+    frames; render: a key of RENDER_QUALITY. Raises UserError for an unknown task, without GL, or without the packages
+    of a manipulation task."""
+    gl = gl or gl_backend()
+    with mock.patch.dict(os.environ, {"MUJOCO_GL": "off"}):  # importing mujoco and dm_control starts no GL: Env does
+        try:
+            if not task.startswith(MANIPULATION):
+                return Env(DMCSimulator(task), size, frame_stack, render, gl)
+            from manipulation import make_simulator
 
-        return Env(make_simulator(task, render), size, frame_stack, render)
-    except ModuleNotFoundError as error:
-        how = "pip install -r requirements-manipulation.txt, in a full checkout"
-        raise UserError(f"--task {task} needs {error.name}: {how}") from None
-    except KeyError as error:
-        raise UserError(f"--task {task}: no such task. There are: {error.args[0]}") from None
+            return Env(make_simulator(task, render), size, frame_stack, render, gl)
+        except ModuleNotFoundError as error:
+            how = "pip install -r requirements-manipulation.txt, in a full checkout"
+            raise UserError(f"--task {task} needs {error.name}: {how}") from None
+        except KeyError as error:
+            raise UserError(f"--task {task}: no such task. There are: {error.args[0]}") from None
 
 
 def _serve(pipe, count: int, kwargs: dict) -> None:
@@ -204,10 +197,9 @@ def _serve(pipe, count: int, kwargs: dict) -> None:
             try:
                 envs = envs or [make_env(**kwargs) for _ in range(count)]
                 answer = [words if words is None else function(env, *words) for env, words in zip(envs, arguments)]
-            except UserError as error:
-                answer = error
-            except Exception:
-                answer = RuntimeError(f"in an environment worker:\n{traceback.format_exc()}")
+            except Exception as error:
+                trace = f"in an environment worker:\n{traceback.format_exc()}"
+                answer = error if isinstance(error, UserError) else RuntimeError(trace)
             pipe.send(answer)
     os._exit(0)  # nothing is left to do, and closing GL has an order
 
@@ -222,8 +214,7 @@ class EnvPool:
 
     def __init__(self, task, size, count, frame_stack=3, render="fast", workers=None):
         self.count, self.parts = count, np.array_split(np.arange(count), min(count, workers or cores()))
-        gl = "" if size is None else choose_gl()
-        kwargs = {"task": task, "size": size, "frame_stack": frame_stack, "render": render, "gl": gl}
+        kwargs = {"task": task, "size": size, "frame_stack": frame_stack, "render": render, "gl": gl_backend()}
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["common", "mujoco", "dm_control.suite"])
         # the server imports this common.py, whatever the current folder holds, and starts no GL: each worker does
@@ -620,9 +611,7 @@ def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
     import tyro
 
     defaults, merged, config = args_class(), {}, (tyro.conf.FlagCreatePairsOff,)
-    names = {"task": str, "dataset": str, "source": str, "quick": bool, "evaluate": str | None}
-    deciding = dataclasses.make_dataclass("Deciding", [(n, kind, getattr(defaults, n)) for n, kind in names.items()])
-    first, _ = tyro.cli(deciding, args=argv, config=config, add_help=False, return_unknown_args=True)
+    first, _ = tyro.cli(args_class, args=argv, config=config, add_help=False, return_unknown_args=True)
     own = first.dataset not in NAMED_SETS and not first.evaluate
     if first.evaluate:
         merged = {name: value for name, value in read_config(first.evaluate)["args"].items() if hasattr(defaults, name)}
