@@ -116,7 +116,7 @@ class DMCSimulator:
 
 
 class Env:
-    """A simulator and its camera: frames stacked oldest first, terminal apart from timeout.
+    """A simulator and its camera: frames stacked oldest first, terminal apart from timeout; see make_env.
 
     obs (3 * frame_stack, S, S) uint8, or the simulator's state (D,) float32 where size is None; action (A,) in [-1, 1].
     spec: action_dim, action_repeat, return_per_score, episode_steps, see DMCSimulator."""
@@ -137,7 +137,7 @@ class Env:
                 self.renderer = mujoco.Renderer(simulator.model, size, size)
             except Exception as error:  # whatever a GL library raises
                 raise UserError(f"MUJOCO_GL={gl} cannot render here ({error}). {GL_HELP}") from None
-        self.close = weakref.finalize(self, self._close, self.renderer)  # also when it is dropped,
+        self.close = weakref.finalize(self, self.free, self.renderer)  # also when it is dropped,
         atexit.register(self.close)  # and at exit before GL ends
 
     def reset(self, seed: int) -> tuple[np.ndarray, dict]:
@@ -161,7 +161,7 @@ class Env:
         return np.ascontiguousarray(picture.transpose(2, 0, 1))
 
     @staticmethod
-    def _close(renderer) -> None:
+    def free(renderer) -> None:
         if renderer:
             renderer._gl_context.make_current()  # else objects of whichever context is current would be deleted
             renderer.close()
@@ -169,24 +169,23 @@ class Env:
 
 def make_env(task: str, size: int | None = 84, frame_stack: int = 3, render: str = "fast", gl: str = "") -> Env:
     """task: "domain-task" of dm_control, or one of manipulation.py; size: pixels per side, None for states instead of
-    frames; render: a key of RENDER_QUALITY. Raises UserError for an unknown task, without GL, or without the packages
-    of a manipulation task."""
+    frames; render: a key of RENDER_QUALITY. Raises UserError for an unknown task, without GL, or without packages."""
     gl = gl or gl_backend()
-    with mock.patch.dict(os.environ, {"MUJOCO_GL": "off"}):  # importing mujoco and dm_control starts no GL: Env does
-        try:
-            if not task.startswith(MANIPULATION):
-                return Env(DMCSimulator(task), size, frame_stack, render, gl)
-            from manipulation import make_simulator
+    try:
+        with mock.patch.dict(os.environ, {"MUJOCO_GL": "off"}):  # importing mujoco or dm_control starts no GL: Env does
+            if task.startswith(MANIPULATION):
+                from manipulation import make_simulator
 
-            return Env(make_simulator(task, render), size, frame_stack, render, gl)
-        except ModuleNotFoundError as error:
-            how = "pip install -r requirements-manipulation.txt, in a full checkout"
-            raise UserError(f"--task {task} needs {error.name}: {how}") from None
-        except KeyError as error:
-            raise UserError(f"--task {task}: no such task. There are: {error.args[0]}") from None
+                return Env(make_simulator(task, render), size, frame_stack, render, gl)
+            return Env(DMCSimulator(task), size, frame_stack, render, gl)
+    except ModuleNotFoundError as error:
+        how = "pip install -r requirements-manipulation.txt, in a full checkout"
+        raise UserError(f"--task {task} needs {error.name}: {how}") from None
+    except KeyError as error:
+        raise UserError(f"--task {task}: no such task. There are: {error.args[0]}") from None
 
 
-def _serve(pipe, count: int, kwargs: dict) -> None:
+def serve(pipe, count: int, kwargs: dict) -> None:
     """A worker: `count` environments, until the parent closes the pipe (or dies, which closes it too)."""
     os.setsid()  # Ctrl-C and signals to the group are the parent's to handle,
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and so is what schedulers send to every process of a job
@@ -220,26 +219,25 @@ class EnvPool:
         # the server imports this common.py, whatever the current folder holds, and starts no GL: each worker does
         path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
         variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "MUJOCO_GL": "off"}
-        variables |= {"LP_NUM_THREADS": "0", "OMP_NUM_THREADS": "1"}
-        self.pipes, self.processes = [], []
-        with mock.patch.dict(os.environ, variables):
+        self.workers = []
+        with mock.patch.dict(os.environ, variables | {"LP_NUM_THREADS": "0", "OMP_NUM_THREADS": "1"}):
             for part in self.parts:
-                pipe, theirs = context.Pipe()
-                self.processes.append(context.Process(target=_serve, args=(theirs, len(part), kwargs), daemon=True))
-                self.processes[-1].start()
+                ours, theirs = context.Pipe()
+                process = context.Process(target=serve, args=(theirs, len(part), kwargs), daemon=True)
+                process.start()
                 theirs.close()
-                self.pipes.append(pipe)
-        self.close = weakref.finalize(self, self._close, self.pipes, self.processes)
+                self.workers.append((ours, process))
+        self.close = weakref.finalize(self, self.stop, self.workers)
         multiprocessing.util.Finalize(None, self.close, exitpriority=1)  # before daemons get a SIGTERM and are joined
         self.spec = self.call(operator.attrgetter("spec"), [()] * count)[0]  # makes them now: mistakes show at once
 
     def call(self, function, arguments: list) -> list:
         """function(env, *arguments[i]) in every environment i whose arguments are not None; results in order."""
-        for pipe, part in zip(self.pipes, self.parts):
+        for (pipe, _), part in zip(self.workers, self.parts):
             with contextlib.suppress(ConnectionError):  # a dead worker is noticed below
                 pipe.send((function, [arguments[i] for i in part]))
         answers = []
-        for pipe, process in zip(self.pipes, self.processes):
+        for pipe, process in self.workers:
             try:
                 while not pipe.poll(60):
                     print(f"note: environment worker {process.pid} has not answered for a minute", flush=True)
@@ -253,18 +251,17 @@ class EnvPool:
 
     def reset(self, seeds) -> np.ndarray:
         """Starts episode seeds[i] in environment i. Returns obs (count, C, S, S) uint8."""
-        results = self.call(Env.reset, [(int(seed),) for seed in seeds])
-        self.obs, self.infos = np.stack([obs for obs, _ in results]), [info for _, info in results]
+        obs, self.infos = zip(*self.call(Env.reset, [(int(seed),) for seed in seeds]))
         self.done, self.success = np.zeros(self.count, bool), np.zeros(self.count, bool)
+        self.obs, self.infos = np.stack(obs), list(self.infos)
         return self.obs
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """actions (count, A). Returns obs (count, C, S, S), reward (count,), terminal (count,)."""
-        active = ~self.done
-        results = self.call(Env.step, [(action,) if on else None for action, on in zip(actions, active)])
+        results = self.call(Env.step, [None if done else (action,) for action, done in zip(actions, self.done)])
         reward, terminal = np.zeros(self.count), np.zeros(self.count, bool)
         self.obs = self.obs.copy()
-        for i in np.flatnonzero(active):
+        for i in np.flatnonzero(~self.done):
             self.obs[i], reward[i], terminal[i], timeout, self.infos[i] = results[i]
             self.done[i] = terminal[i] or timeout
             self.success[i] |= self.infos[i]["success"]
@@ -278,10 +275,10 @@ class EnvPool:
         return {"score": returns.mean() / per_score} | success | {"return": returns.tolist()}
 
     @staticmethod
-    def _close(pipes, processes) -> None:
-        for pipe in pipes:
+    def stop(workers) -> None:
+        for pipe, _ in workers:
             pipe.close()
-        for process in processes:
+        for _, process in workers:
             process.join(timeout=5)
             process.kill()  # one that hangs would ignore a SIGTERM
 
@@ -620,13 +617,8 @@ def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
         if own and not Path(first.dataset).is_dir():
             raise UserError(f"--dataset {first.dataset}: neither one of {', '.join(NAMED_SETS)} nor a folder")
         task = Dataset(first.dataset).task if own else first.task
-        keys = (
-            ("*", "*"),
-            ("*", first.dataset),
-            (task.partition("-")[0] + "-*", "*"),
-            (task, "*"),
-            (task, first.dataset),
-        )
+        suite = task.partition("-")[0] + "-*"  # metaworld-*
+        keys = ("*", "*"), ("*", first.dataset), (suite, "*"), (task, "*"), (task, first.dataset)
         for table in (tuned, quick) if first.quick else (tuned,):
             for key in keys:
                 merged |= table.get(key, {})
@@ -819,7 +811,7 @@ class Run:
 
 
 def load_run(args) -> tuple[dict, dict]:
-    """The facts of the data and the weights of the finished run that --evaluate names; `args` are already the run's own,
+    """The facts of the data, and the weights, of the finished run that --evaluate names; its flags are `args` already,
     see typed_args."""
     config, algo = read_config(args.evaluate), Path(sys.modules["__main__"].__file__).stem
     if config["algo"] != algo:
