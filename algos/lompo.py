@@ -474,8 +474,8 @@ class Agent(nn.Module):
         """Embeddings of every row of the set, in the encoder's output precision. -> (rows of the set, E) (DIFF 5)."""
         out = None
         with self.autocast():
-            for index in torch.arange(len(buffer.reward), device=buffer.frames.images[0].device).split(rows):
-                embed = self.model.embed(buffer.frames.gather(index))
+            for index in torch.arange(len(buffer.reward), device=buffer.images[0].device).split(rows):
+                embed = self.model.embed(buffer.frames(index))
                 out = embed.new_empty(len(buffer.reward), embed.shape[-1]) if out is None else out
                 out[index.to(out.device)] = embed
         return out

@@ -644,7 +644,7 @@ class OnlineBuffer(common.SequenceBuffer):
                     os.posix_fallocate(handle.fileno(), 0, array.nbytes)
             self.files[name] = np.load(file, mmap_mode="r+")
         frames = torch.from_numpy(self.files["image"])
-        self.frames.images.append(frames.to(self.device) if self.frames.on_gpu else frames)
+        self.images.append(frames.to(self.device) if self.on_gpu else frames)
         for episode in range(len(self.online)):
             self.take_in(episode)
 
@@ -666,8 +666,8 @@ class OnlineBuffer(common.SequenceBuffer):
         for name in ("action", "reward", "discount"):
             getattr(self, name)[ours] = torch.from_numpy(self.files[name][first : first + count])
         self.is_first[ours.start] = True
-        if self.frames.on_gpu:
-            self.frames.images[-1][first : first + count] = torch.from_numpy(self.files["image"][first : first + count])
+        if self.on_gpu:
+            self.images[-1][first : first + count] = torch.from_numpy(self.files["image"][first : first + count])
         self.set_lengths(torch.cat([self.lengths, torch.tensor([count])]))
 
     def played(self, repeat: int) -> dict[str, int]:
