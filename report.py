@@ -173,8 +173,11 @@ def portable(value):
 
 
 def read_summary(file: Path) -> list[Row]:
-    rows = read_csv(file) if file.exists() else []
-    if file.exists() and (not rows or tuple(rows[0]) != COLUMNS):
+    try:
+        rows = read_csv(file) if file.exists() else []
+    except ValueError:
+        rows = [{}]
+    if any(tuple(row) != COLUMNS for row in rows) or file.exists() and not rows:
         raise UserError(f"{file}: its columns are not {', '.join(COLUMNS)}; mend it or move it away")
     return rows
 
@@ -409,29 +412,32 @@ def compare(names: tuple[str, ...], groups: list[Group]) -> str:
     if len(names) != 2:
         raise UserError("--compare A B: two variants, ALGO or ALGO:TAG")
     one, two = (variant(name, groups) for name in names)
-    shared = [place for place in dict.fromkeys(a.place for a in one) if any(b.place == place for b in two)]
-    lines = [] if shared else ["no row in common: task, set, source, data and quick must be equal"]
-    for score, what in zip(SCORES, ("last score", "mean of the late evaluations")) if shared else ():
-        lines += [f"{what}: mean over seeds (their number), difference with its 95 % interval"]
-        lines += [f"{'':52}{one[0].name:>20}{two[0].name:>20}   difference"]
-        full = []
-        for place in shared:
-            pairs = [(a, b) for a in one for b in two if a.place == b.place == place]
-            # runs of equal length and enough seeds, if there are any; the longest
+    rows = []  # title, both groups
+    for place in dict.fromkeys(a.place for a in one):
+        pairs = [(a, b) for a in one for b in two if a.place == b.place == place]
+        if pairs:  # runs of equal length and enough seeds, if there are any; the longest
             a, b = max(pairs, key=lambda ab: (ab[0].steps == ab[1].steps, ab[0].enough and ab[1].enough, ab[0].steps))
             lengths = " and ".join(f"{steps:,}" for steps in dict.fromkeys((a.steps, b.steps)))
-            title = f"{' '.join(place[:3])} {lengths} steps{' quick' * a.quick}"
+            rows.append((f"{' '.join(place[:3])} {lengths} steps{' quick' * a.quick}", a, b))
+    full = [(a, b) for _, a, b in rows if a.steps == b.steps and a.enough and b.enough]
+    full = [(a, b) for a, b in full if not (a.quick or a.mixed or b.mixed)]
+    mean_title = f"mean of the {len(full)} full rows of {MIN_SEEDS} or more seeds and equal length"
+    width = max([len(title) for title, *_ in rows] + [len(mean_title)])
+    lines = [] if rows else ["no row in common: task, set, source, data and quick must be equal"]
+    for score, what in zip(SCORES, ("last score", "mean of the late evaluations")) if rows else ():
+        lines += [f"{what}: mean over seeds (their number), difference with its 95 % interval"]
+        lines += [f"{'':{width}}{one[0].name:>20}{two[0].name:>20}   difference"]
+        for title, a, b in rows:
             pair = a.scores(score), b.scores(score)
             means = [f"{statistics.fmean(values):.1f} ({len(values)})" for values in pair]
-            lines.append(f"{title:52}{means[0]:>20}{means[1]:>20}   {number(*difference([pair]), '+')}")
-            if a.steps == b.steps and a.enough and b.enough and not (a.quick or a.mixed or b.mixed):
-                full.append(pair)
+            lines.append(f"{title:{width}}{means[0]:>20}{means[1]:>20}   {number(*difference([pair]), '+')}")
         if len(full) > 1:
-            title = f"mean of the {len(full)} full rows of {MIN_SEEDS} or more seeds and equal length"
-            lines.append(f"{title:92}   {number(*difference(full), '+')}")
+            pairs = [(a.scores(score), b.scores(score)) for a, b in full]
+            lines.append(f"{mean_title:{width + 40}}   {number(*difference(pairs), '+')}")
         lines.append("")
-    for mine in (one, two):
-        lines += [f"only {a.name}: {' '.join(a.place[:3])}, data {a.place[3]}" for a in mine if a.place not in shared]
+    for mine, other in ((one, two), (two, one)):
+        places = dict.fromkeys(a.place for a in mine if all(a.place != b.place for b in other))
+        lines += [f"only {mine[0].name}: {' '.join(place[:3])}, data {place[3]}" for place in places]
     return "\n".join(lines).strip()
 
 
