@@ -571,8 +571,8 @@ def parse_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
     """A command line (default: this process's) as an `args_class`; a copy of what was typed is its .typed.
 
     Defaults: the class, then `tuned` and under --quick also `quick`: (task, dataset) -> flags, the more exact key
-    later; what the user typed wins. Under --evaluate RUN: the run's own flags. Raises UserError, which from here on ends
-    the process with its one line, for a number out of the range that its type names."""
+    later; what the user typed wins. Under --evaluate RUN: the run's own flags. Raises UserError for a number out of the
+    range that its type names; from here on that ends the process with its one line."""
     import tyro
 
     sys.excepthook, config, merged = one_line_errors, (tyro.conf.FlagCreatePairsOff,), {}
@@ -582,7 +582,9 @@ def parse_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
         raise UserError(f"--dataset {first.dataset}: neither one of {', '.join(NAMED_SETS)} nor a folder")
     task = Dataset(first.dataset).task if own else first.task
     if first.evaluate:
-        merged = {name: value for name, value in read_config(first.evaluate)["args"].items() if hasattr(first, name)}
+        merged = {
+            name: value for name, value in read(f"{first.evaluate}/config.json")["args"].items() if hasattr(first, name)
+        }
         merged |= {"device": "auto", "precision": "auto", "buffer_device": "auto", "eval_every": None}
     suite = task.partition("-")[0] + "-*"  # metaworld-*
     for table in () if first.evaluate else (tuned, quick) if first.quick else (tuned,):
@@ -662,7 +664,7 @@ class Run:
         self.config = {"algo": script.stem, "script": hashlib.sha256(script.read_bytes()).hexdigest()[:12]}
         self.config |= {"dataset": dataset.facts(), "typed": args.typed, "resumed": []}
         if finished.exists() or self.checkpoint.exists():
-            self.compare(read_config(self.path), finished.exists())
+            self.compare(read(self.path / "config.json"), finished.exists())
         if finished.exists():
             print(f"{self.path} is finished: {finished.read_text()}")
             raise SystemExit(0)
@@ -675,11 +677,9 @@ class Run:
         """Raises UserError where this command is not the one that began the run. --steps may grow until it is over."""
         if self.args.eval_every is None:
             self.args.eval_every = old["args"]["eval_every"]
-        was, now = (
-            old["args"] | {"script": old["script"]},
-            dataclasses.asdict(self.args) | {"script": self.config["script"]},
-        )
+        was, now = old["args"] | {"script": old["script"]}, dataclasses.asdict(self.args)
         was["data"], now["data"] = old["dataset"]["hash"], self.config["dataset"]["hash"]
+        now["script"] = self.config["script"]
         changed = {name for name in now if name not in FREE_FLAGS and was.get(name) != now[name]}
         if not finished and was.get("steps", math.inf) < self.args.steps:
             changed -= {"steps"}
@@ -693,7 +693,7 @@ class Run:
         saved, here = {"step": 0, "wall_s": 0.0, "sizes": {}}, provenance(self.args.device)
         config = self.config | here
         if self.checkpoint.exists():
-            saved, config = load(self.checkpoint), read_config(self.path)
+            saved, config = read(self.checkpoint), read(self.path / "config.json")
             config["resumed"].append(here)
             for name, thing in objects.items():
                 thing.load_state_dict(saved["objects"][name])
@@ -732,8 +732,8 @@ class Run:
         self.log_due = self.checkpoint_due or step % self.args.log_every == 0
 
     def log(self, part: str, step: int, metrics: dict) -> None:
-        """Appends a row to <part>.csv; a list spreads over numbered columns. Raises UserError that names the metrics which
-        are not finite."""
+        """Appends a row to <part>.csv; a list spreads over numbered columns. Raises UserError that names metrics which are
+        not finite."""
         row = {"step": step, "wall_s": round(time.monotonic() - self.begun, 1)}
         for name, value in metrics.items():
             row |= {f"{name}_{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
@@ -776,22 +776,23 @@ class Run:
 
 
 def load_run(args) -> tuple[dict, dict]:
-    """The facts of the data, and the weights, of the finished run that --evaluate names; its flags are `args` already,
-    see typed_args."""
-    config, algo = read_config(args.evaluate), Path(sys.modules["__main__"].__file__).stem
+    """The facts of the data, and the weights, of the finished run that --evaluate names; its flags are `args` already."""
+    config, algo = read(f"{args.evaluate}/config.json"), Path(sys.modules["__main__"].__file__).stem
     if config["algo"] != algo:
         raise UserError(f"--evaluate {args.evaluate} is a run of {config['algo']}.py, not of {algo}.py")
-    return config["dataset"], load(f"{args.evaluate}/weights.pt")
+    return config["dataset"], read(f"{args.evaluate}/weights.pt")
 
 
-def load(file: str | Path) -> dict:
-    """What torch.save wrote. Raises UserError."""
+def read(file: str | Path) -> dict:
+    """A config.json, or what torch.save wrote. Raises UserError that names the file."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing; is the run finished?") from None
-    except Exception as error:  # pickle, zip and torch errors have no base class in common
-        raise UserError(f"{file} is damaged ({str(error).splitlines()[0]})") from None
+        if Path(file).suffix == ".pt":
+            return torch.load(file, map_location="cpu", weights_only=True)
+        config = json.loads(Path(file).read_text())
+        return {name: config[name] for name in ("algo", "script", "args", "typed", "dataset", "resumed")} | config
+    except Exception as error:  # pickle, zip, torch and JSON errors have no base class in common
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{file} is missing or damaged ({problem}); is it of a run, and finished?") from None
 
 
 def accelerate(agent, args) -> None:
@@ -816,15 +817,6 @@ def save_video(path: Path, frames: list[np.ndarray]) -> None:
         print(f"video: {path}")
     except Exception as error:  # imageio raises ValueError or RuntimeError where its ffmpeg is missing
         print(f"note: {path.name} was not written ({error})")
-
-
-def read_config(run: str | Path) -> dict:
-    """config.json of a run's folder. Raises UserError that names the file."""
-    try:
-        config = json.loads(Path(run, "config.json").read_text())
-        return {name: config[name] for name in ("algo", "script", "args", "typed", "dataset", "resumed")} | config
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{run}/config.json is missing or broken ({error!r}); is {run} a run's folder?") from None
 
 
 def write_atomically(path: Path, content) -> None:

@@ -660,7 +660,7 @@ def main(args: Args) -> None:
     agent = Agent(args, buffer.action_dim).to(args.device)
     common.accelerate(agent, args)
     if args.model_from and not run.checkpoint.exists():
-        weights = common.load(f"{args.model_from}/weights.pt").items()
+        weights = common.read(f"{args.model_from}/weights.pt").items()
         agent.model.load_state_dict({k.removeprefix("model."): v for k, v in weights if k.startswith("model.")})
     latent, embeds = LatentBuffer(buffer, agent.model.feat_dim), None
     step = run.begin(agent=agent, buffer=buffer, latent=latent)  # 0, or where the checkpoint was written

@@ -764,7 +764,7 @@ def main(args: Args) -> None:
     agent = Agent(args, dataset.action_dim).to(args.device)
     common.accelerate(agent, args)
     if args.offline_from and not run.checkpoint.exists():
-        agent.load_state_dict(common.load(f"{args.offline_from}/offline.pt"))
+        agent.load_state_dict(common.read(f"{args.offline_from}/offline.pt"))
     buffer = OnlineBuffer(dataset, args, rows)
     step = run.begin(agent=agent, buffer=buffer)  # 0, or where the checkpoint was written
     if args.online_episodes:

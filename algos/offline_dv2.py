@@ -651,7 +651,7 @@ def main(args: Args) -> None:
     agent = Agent(args, buffer.action_dim).to(args.device)
     common.accelerate(agent, args)
     if args.model_from and not run.checkpoint.exists():
-        weights = common.load(f"{args.model_from}/weights.pt").items()
+        weights = common.read(f"{args.model_from}/weights.pt").items()
         agent.model.load_state_dict({k.removeprefix("model."): v for k, v in weights if k.startswith("model.")})
     step, embeds = run.begin(agent=agent, buffer=buffer), None  # 0, or where the checkpoint was written
     while step < args.steps:
