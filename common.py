@@ -582,9 +582,8 @@ def parse_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
         raise UserError(f"--dataset {first.dataset}: neither one of {', '.join(NAMED_SETS)} nor a folder")
     task = Dataset(first.dataset).task if own else first.task
     if first.evaluate:
-        merged = {
-            name: value for name, value in read(f"{first.evaluate}/config.json")["args"].items() if hasattr(first, name)
-        }
+        kept = read(f"{first.evaluate}/config.json")["args"]
+        merged = {name: kept[name] for name in kept if hasattr(first, name)}
         merged |= {"device": "auto", "precision": "auto", "buffer_device": "auto", "eval_every": None}
     suite = task.partition("-")[0] + "-*"  # metaworld-*
     for table in () if first.evaluate else (tuned, quick) if first.quick else (tuned,):
@@ -615,8 +614,6 @@ def parse_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
         native = " avx512_bf16" in CPU_INFO or " amx_bf16" in CPU_INFO
         native = torch.cuda.get_device_capability() >= (8, 0) if args.device == "cuda" else native
         args.precision = "bf16" if native else "fp32"
-    if args.accelerate == "auto":
-        args.accelerate = "eager"  # until compile is measured to be faster and equal
     return args
 
 
@@ -838,10 +835,11 @@ def provenance(device: str) -> dict:
     """Command, commit (-dirty: a file has changed; empty outside a repository), versions and hardware."""
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    there = {name.lower() for name in importlib.metadata.packages_distributions()}
-    names = [name for name in ("torch", "numpy", "mujoco", "dm_control", "metaworld") if name in there]
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+    names = ("torch", "numpy", "mujoco", "dm_control", "metaworld")
+    versions = {it.name: it.version for it in importlib.metadata.distributions() if it.name in names}
     cpu = re.search(r"model name\s*: (.*)|$", CPU_INFO)[1] or platform.machine()
-    hardware = f"{torch.get_num_threads()} of {cores()} cores of {cpu}"
-    hardware = torch.cuda.get_device_name() if device == "cuda" else hardware
+    hardware = (
+        f"{torch.get_num_threads()} of {cores()} cores of {cpu}" if device == "cpu" else torch.cuda.get_device_name()
+    )
+    versions |= {"python": platform.python_version()}
     return {"command": shlex.join(sys.argv), "commit": commit, "versions": versions, "hardware": hardware}
