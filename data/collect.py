@@ -86,7 +86,7 @@ def problem_of(args: Args) -> str:
     if missing := [part for part in needed if not policy_file(args.task, part).exists()]:
         there = ", ".join(f"{file.parent.name} {file.stem}" for file in sorted(POLICIES.glob("*/*.npz"))) or "none"
         train = f"random needs none; to train one: python data/train_sac.py --task {args.task}, then --export"
-        return f"{what}: no policy is shipped for {missing[0]} (there are: {there}). {train}"
+        return f"{what}: no {missing[0]} policy of this task is shipped (there are: {there}). {train}"
     if args.transitions is not None and args.transitions < steps * len(parts):
         each = " of each part" if name == "medexp" else ""
         return f"--transitions {args.transitions}: at least one episode of {steps}{each}"

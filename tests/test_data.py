@@ -415,7 +415,7 @@ DAMAGED = {  # name -> (change of a set of 14 rows, 12 px, 2 actions; what the e
     "flat actions": (saved("action", lambda a: a[:, 0]), "action.npy"),
     "rewards in float64": (saved("reward", lambda a: a.astype(float)), "reward.npy: .* float64, expected .* float32"),
     "rewards as a column": (saved("reward", lambda a: a[:, None]), "reward.npy"),
-    "no episode": (saved("episode", lambda a: a[:0]), "set"),
+    "no episode": (saved("episode", lambda a: a[:0]), "index 0 is out of bounds"),
     "late start": (saved("episode", lambda a: a + 1), "first rows must start at 0"),
     "empty episode": (saved("episode", lambda a: a[[0, 0]]), "first rows must .*rise by 2"),
 }  # fmt: skip
