@@ -33,24 +33,22 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[1:1] = [str(ROOT), str(ROOT / "algos")]
+sys.path[1:1] = [str(ROOT), str(ROOT / "algos"), str(ROOT / "data")]
+from store import DatasetWriter  # noqa: E402
+
 from common import (  # noqa: E402
+    CPU_INFO,
     Dataset,
-    DatasetWriter,
     EnvPool,
     SequenceBuffer,
     TransitionBuffer,
     UserError,
     accelerate,
     choose_gl,
-    commit_of,
     cores,
-    hardware,
-    has_bf16,
-    keep_freed_memory,
     make_env,
     one_line_errors,
-    versions,
+    provenance,
 )
 
 # V-D4RL's released code, measured on 2 cores of an AMD EPYC (Zen 5) and nowhere else.
@@ -137,6 +135,13 @@ def write_set(path: Path, frames: int, size: int = SIZE) -> None:
 
 
 # ==== Measurements ====
+
+
+def has_bf16(device: str) -> bool:
+    """Whether the hardware multiplies bfloat16 natively (emulation is slower than float32)."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability() >= (8, 0)
+    return " avx512_bf16" in CPU_INFO or " amx_bf16" in CPU_INFO
 
 
 def calibrate(args: Args) -> float:

@@ -14,6 +14,7 @@ Every episode is a function of (set, seed, episode index) alone: not of --worker
 import importlib.metadata
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -34,7 +35,6 @@ from store import DatasetWriter, check_ranges, return_statistics, set_folder, st
 from common import (  # noqa: E402
     BAR_SECONDS,
     Count,
-    Env,
     EnvPool,
     UserError,
     Weight,
@@ -71,8 +71,9 @@ def problem_of(args: Args) -> str:
     if args.task.startswith("kitchen-"):
         if args.task != f"kitchen-{name}" or name not in ("mixed", "partial") or args.transitions or args.seed:
             return f"{what}: there are kitchen-mixed mixed and kitchen-partial partial, whole and without a seed"
-        flags = f"--dataset {name} --size {args.size}" + (f" --data-dir {args.data_dir}" if args.data_dir else "")
-        return f"{what}: render Minari's set, which is fetched: python data/minari_kitchen.py {flags}"
+        words = ["python", "data/minari_kitchen.py", "--dataset", name, "--size", str(args.size)]
+        words += ["--data-dir", args.data_dir] if args.data_dir else []
+        return f"{what}: render Minari's set, which is fetched: {shlex.join(words)}"
     if name == "partial" or args.task.startswith("adroit-"):
         return f"{what}: no such set is made; record one with data/store.py, see data/README.md"
     if name == "demos" and not args.task.startswith("metaworld-"):
@@ -82,14 +83,13 @@ def problem_of(args: Args) -> str:
     if name == "mixed" and args.seed:
         return f"--seed {args.seed}: mixed is one recorded replay; its seed cannot be chosen"
     parts, steps = PARTS if name == "medexp" else (name,), episode_length(args.task)
-    needed = [part for part in parts if part not in ("random", "demos")]  # a file
-    if missing := [part for part in needed if not policy_file(args.task, part).exists()]:
+    shipped = [part for part in parts if part not in ("random", "demos")]
+    if missing := [part for part in shipped if not policy_file(args.task, part).exists()]:
         there = ", ".join(f"{file.parent.name} {file.stem}" for file in sorted(POLICIES.glob("*/*.npz"))) or "none"
         train = f"random needs none; to train one: python data/train_sac.py --task {args.task}, then --export"
         return f"{what}: no {missing[0]} policy of this task is shipped (there are: {there}). {train}"
     if args.transitions is not None and args.transitions < steps * len(parts):
-        each = " of each part" if name == "medexp" else ""
-        return f"--transitions {args.transitions}: at least one episode of {steps}{each}"
+        return f"--transitions {args.transitions}: at least one episode of {steps}{' of each part' * (len(parts) - 1)}"
     return ""
 
 
@@ -182,8 +182,8 @@ class Recorded:
         return np.stack([self.grid[self.chosen[e], t] for e in episodes]).astype(np.float32) / np.float32(GRID)
 
 
-def get_state(env: Env) -> np.ndarray:
-    """Everything that the next steps depend on, (n,) float64."""
+def get_state(env) -> np.ndarray:
+    """Everything that the next steps of an Env depend on, (n,) float64."""
     import mujoco
 
     kind, model = mujoco.mjtState.mjSTATE_INTEGRATION, env.simulator.model
@@ -192,7 +192,7 @@ def get_state(env: Env) -> np.ndarray:
     return state
 
 
-def set_state(env: Env, state: np.ndarray) -> None:
+def set_state(env, state: np.ndarray) -> None:
     """Puts back a state of get_state(); the step count of the episode stays."""
     import mujoco
 
@@ -237,13 +237,11 @@ def collect(args: Args, name: str, transitions: int, folder: Path) -> np.ndarray
     if args.stats_only:
         return rollouts(args, name, total, None)
     if not (folder / "meta.json").exists():
-        needed = total * (steps + 1) * 3 * args.size**2
-        print(f"{folder}: {total} episodes, {needed / 1e9:.2f} GB, {args.workers or cores()} workers")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        missing = needed - sum(f.stat().st_size for f in folder.glob("*.npy"))
-        free = shutil.disk_usage(folder.parent).free
-        if missing > free:
-            sizes = f"{missing / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
+        needed = total * (steps + 1) * 3 * args.size**2 - sum(f.stat().st_size for f in folder.glob("*.npy"))
+        sizes = f"{needed / 1e9:.2f} GB, the disk has {shutil.disk_usage(folder.parent).free / 1e9:.2f} GB free"
+        print(f"{folder}: {total} episodes, {sizes}; {args.workers or cores()} workers")
+        if needed > shutil.disk_usage(folder.parent).free:
             raise UserError(f"{folder} needs {sizes}; give another --data-dir or fewer --transitions")
         rollouts(args, name, total, folder)
     meta = json.loads((folder / "meta.json").read_text())
@@ -271,21 +269,19 @@ def recipe_of(args: Args, name: str, episodes: int) -> dict:
 
 def rollouts(args: Args, name: str, total: int, folder: Path | None) -> np.ndarray:
     """All episodes of a set, one per environment at a time; written in order where `folder` is given."""
-    workers = min(total, args.workers or cores())
-    pool = EnvPool(args.task, args.size if folder else None, workers, frame_stack=1, render=args.render)
-    action_dim = pool.spec["action_dim"]
-    source = source_of(args, name, total, action_dim)
+    count = min(total, args.workers or cores())
+    pool = EnvPool(args.task, args.size if folder else None, count, frame_stack=1, render=args.render)
+    source = source_of(args, name, total, action_dim := pool.spec["action_dim"])
     if folder is None:
         returns = np.array([rewards.sum() for _, _, rewards in episodes_of(source, pool, range(total), args)])
     else:
         mujoco = importlib.metadata.version("mujoco")
         facts = {"render": args.render, "mujoco": mujoco, "recipe": recipe_of(args, name, total)}
         with DatasetWriter(folder, args.size, action_dim, args.task, "made", **facts) as writer:
-            if not writer.complete:
-                if writer.episodes:
-                    print(f"continuing after {writer.episodes} episodes")
-                for frames, actions, rewards in episodes_of(source, pool, range(writer.episodes, total), args):
-                    writer.add(frames, actions, rewards)
+            if writer.episodes:
+                print(f"continuing after {writer.episodes} episodes")
+            for episode in episodes_of(source, pool, range(total if writer.complete else writer.episodes, total), args):
+                writer.add(*episode)
         returns = np.array(json.loads((folder / "meta.json").read_text())["episode_returns"])
     if isinstance(source, Recorded):
         error = np.abs(returns - source.ret[source.chosen])

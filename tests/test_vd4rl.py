@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 import official
 import pytest
+import torch
 import vd4rl
 from conftest import run_python, write_set
 from hypothesis import given, settings
@@ -286,14 +287,6 @@ def test_shards_that_lack_something(tmp_path, kind):
     assert not (tmp_path / "sets").exists()
 
 
-@pytest.mark.parametrize(("before", "after", "expected"), [
-    ("9.hdf5", "10.hdf5", True), ("s1-84.hdf5", "s2-84.hdf5", True), ("1.hdf5", "3.hdf5", False),
-    ("2.hdf5", "1.hdf5", False), ("a.hdf5", "b.hdf5", False), ("1-1.hdf5", "2-2.hdf5", False),
-])  # fmt: skip
-def test_follows(before, after, expected):
-    assert official.follows(Path(before), Path(after)) is expected
-
-
 @pytest.mark.parametrize("layout", ["npz", "hdf5"])
 def test_an_unreadable_file_is_named_and_stops(tmp_path, layout):
     folder, episodes = tmp_path / "in", [official_episode(20, seed, size=16) for seed in range(3)]
@@ -345,20 +338,10 @@ def test_an_interrupted_import_continues(tmp_path, monkeypatch, capsys):
 
 
 def enlarge(frame: np.ndarray) -> np.ndarray:
-    """(64, 64, 3) -> (84, 84, 3) uint8: bicubic by OpenCV's definition, pixel by pixel along each axis."""
-    out = frame.astype(np.float64)
-    for axis in (0, 1):
-        lines = np.moveaxis(out, axis, 0)
-        result = np.empty((84, *lines.shape[1:]))
-        for i in range(84):
-            base, x = divmod((i + 0.5) * 64 / 84 - 0.5, 1)
-            w0 = -0.75 * (x + 1) ** 3 + 3.75 * (x + 1) ** 2 - 6 * (x + 1) + 3
-            w1 = 1.25 * x**3 - 2.25 * x**2 + 1
-            w2 = 1.25 * (1 - x) ** 3 - 2.25 * (1 - x) ** 2 + 1
-            taps = [lines[min(max(int(base) + k, 0), 63)] for k in (-1, 0, 1, 2)]
-            result[i] = np.tensordot([w0, w1, w2, 1 - w0 - w1 - w2], taps, 1)
-        out = np.moveaxis(result, 0, axis)
-    return np.clip(np.rint(out), 0, 255).astype(np.uint8)
+    """(64, 64, 3) -> (84, 84, 3) uint8: torch's bicubic is OpenCV's."""
+    frame = torch.from_numpy(frame).permute(2, 0, 1)[None].double()
+    large = torch.nn.functional.interpolate(frame, size=84, mode="bicubic")[0].permute(1, 2, 0)
+    return large.round().clamp(0, 255).numpy().astype(np.uint8)
 
 
 def test_import_says_whether_84_px_seem_enlarged(tmp_path, capsys):
@@ -404,29 +387,26 @@ def test_export_and_import_give_the_same_bytes(tmp_path, monkeypatch, layout):
         vd4rl.export(source, out, layout)
 
 
-def kinds(arrays) -> dict:
-    return {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
-
-
 def test_export_writes_the_official_layouts(tmp_path):
     source = write_set(tmp_path / "set", (4, 3), size=8, action_dim=3, terminal_last=True)
     vd4rl.export(source, tmp_path / "npz", "npz")
     files = sorted((tmp_path / "npz").iterdir())
     assert [re.fullmatch(r"\d{8}T\d{6}-[0-9a-f]{32}-(\d+)\.npz", file.name)[1] for file in files] == ["5", "4"]
-    with np.load(files[1]) as archive:
-        arrays = dict(archive)
-    flags = {name: ("bool", (4,)) for name in ("is_first", "is_last", "is_terminal")}
-    columns = {"reward": ("float64", (4,)), "discount": ("float64", (4,)), "action": ("float32", (4, 3))}
-    assert kinds(arrays) == flags | columns | {"image": ("uint8", (4, 8, 8, 3))}
-    assert arrays["is_first"].tolist() == [True, False, False, False]
-    assert arrays["is_last"].tolist() == arrays["is_terminal"].tolist() == [False, False, False, True]
-    np.testing.assert_array_equal(arrays["image"][2], np.load(source / "image.npy")[7].transpose(1, 2, 0))
+    with np.load(files[1]) as arrays:
+        kinds = {name: (arrays[name].dtype.name, arrays[name].shape) for name in arrays}
+        assert arrays["is_first"].tolist() == [True, False, False, False]
+        assert arrays["is_last"].tolist() == arrays["is_terminal"].tolist() == [False, False, False, True]
+    columns = {name: ("float64", (4,)) for name in ("reward", "discount")} | {"action": ("float32", (4, 3))}
+    columns |= {name: ("bool", (4,)) for name in ("is_first", "is_last", "is_terminal")}
+    assert kinds == columns | {"image": ("uint8", (4, 8, 8, 3))}
     vd4rl.export(source, tmp_path / "hdf5", "hdf5")
     with h5py.File(tmp_path / "hdf5" / "0000.hdf5") as shard:
-        columns = {"reward": ("float64", (9,)), "discount": ("float64", (9,)), "action": ("float32", (9, 3))}
-        assert kinds(shard) == columns | {"step_type": ("float64", (9,)), "observation": ("uint8", (9, 3, 8, 8))}
+        kinds = {name: (array.dtype.name, array.shape) for name, array in shard.items()}
         assert shard["step_type"][:].tolist() == [0, 1, 1, 1, 2, 0, 1, 1, 2]
-        np.testing.assert_array_equal(shard["observation"][:], np.load(source / "image.npy"))
+    columns = {name: ("float64", (9,)) for name in ("reward", "discount", "step_type")} | {
+        "action": ("float32", (9, 3))
+    }
+    assert kinds == columns | {"observation": ("uint8", (9, 3, 8, 8))}
 
 
 def test_an_export_that_fails_does_not_bear_the_name(tmp_path, monkeypatch):
