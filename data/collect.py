@@ -295,33 +295,32 @@ def rollouts(args: Args, name: str, total: int, folder: Path | None) -> np.ndarr
 def episodes_of(source, pool: EnvPool, episodes: range, args: Args):
     """Yields frames (T+1, S, S, 3), actions (T, A), rewards (T,) of each episode, in order."""
     steps, begun = episode_length(args.task), time.monotonic()
-    bar = tqdm(total=len(episodes) * steps, unit="step", mininterval=BAR_SECONDS)
-    for first in range(episodes.start, episodes.stop, pool.count):
-        batch = list(range(first, min(first + pool.count, episodes.stop)))
-        real = len(batch)
-        batch += [batch[-1]] * (pool.count - real)  # the last round repeats an episode and drops it
-        source.start(pool, batch)
-        frames, actions, rewards = [pool.obs], [], []
-        for t in range(steps):
-            actions.append(source.actions(pool, batch, t))
-            obs, reward, _ = pool.step(actions[-1])
-            frames.append(obs)
-            rewards.append(reward)
-            if pool.done.any() and t < steps - 1:
-                raise UserError(f"--task {args.task}: its episodes end before {steps} steps; no set is made of it")
-            bar.update(real)
-        for i in range(real):
-            images = np.stack([obs[i] for obs in frames])
-            images = images.transpose(0, 2, 3, 1) if images.ndim == 4 else None
-            yield images, np.stack([a[i] for a in actions]), np.array([r[i] for r in rewards])
-        if first == episodes.start and (left := len(episodes) - real):
-            minutes = (time.monotonic() - begun) * left / real / 60
-            bar.write(f"by the time that the first {real} took: about {minutes:.1f} min for the other {left} episodes")
-    bar.close()
+    with tqdm(total=len(episodes) * steps, unit="step", mininterval=BAR_SECONDS) as bar:
+        for first in range(episodes.start, episodes.stop, pool.count):
+            batch = list(range(first, min(first + pool.count, episodes.stop)))
+            real = len(batch)
+            batch += [batch[-1]] * (pool.count - real)  # the last round repeats an episode and drops it
+            source.start(pool, batch)
+            frames, actions, rewards = [pool.obs], [], []
+            for t in range(steps):
+                actions.append(source.actions(pool, batch, t))
+                obs, reward, _ = pool.step(actions[-1])
+                frames.append(obs)
+                rewards.append(reward)
+                if pool.done.any() and t < steps - 1:
+                    raise UserError(f"--task {args.task}: episodes end before {steps} steps; no set is made of it")
+                bar.update(real)
+            for i in range(real):
+                images = np.stack([obs[i] for obs in frames])
+                images = images.transpose(0, 2, 3, 1) if images.ndim == 4 else None
+                yield images, np.stack([a[i] for a in actions]), np.array([r[i] for r in rewards])
+            if first == episodes.start and (left := len(episodes) - real):
+                minutes = (time.monotonic() - begun) * left / real / 60
+                bar.write(f"as fast as the first {real}: about {minutes:.1f} min for the other {left} episodes")
 
 
 def main(args: Args) -> None:
-    start, noise = time.time(), f"-noise{args.action_noise:g}" if args.action_noise else ""
+    noise = f"-noise{args.action_noise:g}" if args.action_noise else ""
     check_ranges(args)
     if problem := problem_of(args):
         raise UserError(problem)
@@ -345,7 +344,6 @@ def main(args: Args) -> None:
     else:
         returns = make(args.dataset, args.transitions)
     print_statistics(args.task, args.dataset, return_statistics(returns), "made", len(returns))
-    print(f"{time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":

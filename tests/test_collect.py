@@ -277,7 +277,7 @@ IMPOSSIBLE = {  # flags -> what the one line says
     ("--dataset", "random", "--seed", "-1"): "--seed -1: from 0 to",
     ("--dataset", "random", "--workers", "-2"): "--workers -2: from 1 to",
     ("--dataset", "random", "--size", "0"): "--size 0: from 1 to",
-    ("--dataset", "random", "--task", "walker-fly"): "--task walker-fly: no such dm_control task. There are: acrobot",
+    ("--dataset", "random", "--task", "walker-fly"): "--task walker-fly: no such task. There are: acrobot",
     ("--dataset", "random", "--task", "lqr-lqr_2_1", "--size", "9999999"): "needs .* GB, the disk has .* GB free",
 }  # fmt: skip
 
