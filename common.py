@@ -320,7 +320,7 @@ class Dataset:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
-            folders = json.loads((self.path / "meta.json").read_text())["parts"]
+            folders = [str(name) for name in json.loads((self.path / "meta.json").read_text())["parts"]] or [""]
         except (OSError, ValueError, LookupError, TypeError):
             folders = [""]  # if anything is wrong, Part says it
         self.parts = [Part(Path(os.path.normpath(self.path / folder))) for folder in folders]

@@ -1,7 +1,7 @@
 """Prints how fast each part runs on this machine, one row per measurement, each the median of --repeats repetitions.
 
     python benchmarks/throughput.py                           # everything; on two CPU cores about 10 minutes
-    python benchmarks/throughput.py --only update buffer --accelerate eager graph
+    python benchmarks/throughput.py --only update buffer --accelerate eager compile
     python benchmarks/throughput.py --quick                   # rehearsal: tiny shapes, its numbers mean nothing
 
 calibration  one float32 forward pass of the DrQ encoder on 256 observations: compares two machines
@@ -13,6 +13,7 @@ render       one 84 px frame, physics not counted; EnvPool: whole environment st
 
 Paper shapes: batch 256, 84 px, 3 frames, 6 action dimensions; world models 64 windows, on a CPU 8 by default."""
 
+import argparse
 import importlib
 import json
 import math
@@ -33,24 +34,22 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[1:1] = [str(ROOT), str(ROOT / "algos")]
+sys.path[1:1] = [str(ROOT), str(ROOT / "algos"), str(ROOT / "data")]
+from store import DatasetWriter  # noqa: E402
+
 from common import (  # noqa: E402
+    CPU_INFO,
     Dataset,
-    DatasetWriter,
     EnvPool,
     SequenceBuffer,
     TransitionBuffer,
     UserError,
     accelerate,
-    choose_gl,
-    commit_of,
     cores,
-    hardware,
-    has_bf16,
-    keep_freed_memory,
+    gl_backend,
     make_env,
     one_line_errors,
-    versions,
+    provenance,
 )
 
 # V-D4RL's released code, measured on 2 cores of an AMD EPYC (Zen 5) and nowhere else.
@@ -72,7 +71,7 @@ class Args:
     )  # fmt: skip
     windows: int | None = None  # of a world model's batch; None: 8 on a CPU, 64 (the papers') on a GPU
     device: str = "auto"  # of updates and batches. auto: cuda if there is one, else cpu
-    accelerate: tuple[Literal["eager", "compile", "graph"], ...] = ("eager",)  # of updates; graph needs cuda
+    accelerate: tuple[Literal["eager", "compile"], ...] = ("eager",)  # of updates
     json: str | None = None  # also write the table to this file
     quick: bool = False  # batches of 16, 1,000 frames, short repetitions: checks that everything runs
 
@@ -116,7 +115,7 @@ def seconds_per_call(function: Callable, args: Args, device: str) -> float:
             torch.cuda.synchronize()
         return (time.perf_counter() - start) / calls
 
-    timed(5)  # the first allocate or compile; a graph is captured at the fourth
+    timed(5)  # the first allocate or compile
     calls = math.ceil(args.duration / timed(1))
     return statistics.median(timed(calls) for _ in range(args.repeats))
 
@@ -137,6 +136,13 @@ def write_set(path: Path, frames: int, size: int = SIZE) -> None:
 
 
 # ==== Measurements ====
+
+
+def has_bf16(device: str) -> bool:
+    """Whether the hardware multiplies bfloat16 natively (emulation is slower than float32)."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability() >= (8, 0)
+    return " avx512_bf16" in CPU_INFO or " amx_bf16" in CPU_INFO
 
 
 def calibrate(args: Args) -> float:
@@ -169,9 +175,9 @@ def update_seconds(algo: str, next_obs: bool, precision: str, how: str, args: Ar
                               **returns)  # fmt: skip
     torch.compiler.reset()  # else the code of the agent before counts as a recompilation
     agent = module.Agent(run_args, buffer.obs_shape, buffer.action_dim).to(args.device)
-    update = accelerate(agent, "update", run_args)
+    accelerate(agent, run_args)
     schedule = (module.noise_std(run_args, 0),) if hasattr(module, "noise_std") else ()
-    return seconds_per_call(lambda: update(buffer.sample(), *schedule), args, args.device)
+    return seconds_per_call(lambda: agent.update(buffer.sample(), *schedule), args, args.device)
 
 
 def measure_world(table: Table, args: Args, dataset: Dataset) -> None:
@@ -197,22 +203,26 @@ def world_seconds(algo: str, precision: str, how: str, args: Args, dataset: Data
     buffer = SequenceBuffer(dataset, args.windows, run_args.window, device=args.device, buffer_device="auto")
     torch.compiler.reset()
     agent = module.Agent(run_args, buffer.action_dim).to(args.device)
+    accelerate(agent, run_args)
     if hasattr(agent, "update"):
-        update, keep = accelerate(agent, "update", run_args), torch.ones(args.windows, run_args.window).to(args.device)
-        return {"update": seconds_per_call(lambda: update(buffer.sample(), keep), args, args.device)}
-    model, update = (accelerate(agent, name, run_args) for name in ("update_model", "update_agent"))
-    found = {"model": seconds_per_call(lambda: model(buffer.sample()), args, args.device)}
+        worth = torch.ones(args.windows, run_args.window).to(args.device)
+        return {"update": seconds_per_call(lambda: agent.update(buffer.sample(), worth), args, args.device)}
+    found = {"model": seconds_per_call(lambda: agent.update_model(buffer.sample()), args, args.device)}
     embeds = agent.embed_set(buffer)
 
     def from_windows():
         batch = buffer.sample(images=False)
-        return update(batch, embeds[batch.row])
+        return agent.update_agent(batch, embeds[batch.row])
 
     if hasattr(module, "LatentBuffer"):
         latent = module.LatentBuffer(buffer, agent.model.feat_dim)
-        module.generate(agent, latent, buffer, embeds, 0)
-        found["agent"] = seconds_per_call(lambda: update(latent.sample(run_args.agent_batch_size)), args, args.device)
-        again = partial(module.generate, agent, latent, buffer, embeds, run_args.rollout_every)
+        module.refill(agent, latent, embeds, 0)
+
+        def from_latents():
+            return agent.update_agent(latent.sample(run_args.agent_batch_size))
+
+        found["agent"] = seconds_per_call(from_latents, args, args.device)
+        again = partial(module.refill, agent, latent, embeds, run_args.rollout_every)
         found["rollouts"] = seconds_per_call(again, args, args.device)
     else:
         found["agent"] = seconds_per_call(from_windows, args, args.device)
@@ -220,7 +230,8 @@ def world_seconds(algo: str, precision: str, how: str, args: Args, dataset: Data
 
 
 def measure_buffer(table: Table, args: Args, dataset: Dataset) -> None:
-    keep_freed_memory()  # as every run on a CPU does
+    plain = argparse.Namespace(device="cpu", precision="fp32", accelerate="eager")
+    accelerate(None, plain)  # settings of the allocator, as in every run on a CPU
     for device in dict.fromkeys(("cpu", args.device)):
         buffer = TransitionBuffer(dataset, args.batch_size, nstep=3, device=device, buffer_device="auto")
         value = seconds_per_call(buffer.sample, args, device)
@@ -269,18 +280,21 @@ def measure_render(table: Table, args: Args) -> None:
 def render_seconds(task: str, renderer: str, args: Args) -> float:
     """Seconds per frame: the median repetition's mean. The states are the same for each renderer."""
     if renderer == "physics.render":
-        os.environ["MUJOCO_GL"] = choose_gl()
-        env = make_env(task, size=None)  # states alone, so that no context but dm_control's own exists
+        os.environ["MUJOCO_GL"] = gl_backend()  # dm_control reads it as it is imported
+        from dm_control import suite
+
+        env = suite.load(*task.split("-"), task_kwargs={"random": 0})
+        env.reset()
         render = partial(env.physics.render, SIZE, SIZE, camera_id=0)
     else:
-        env = make_env(task, SIZE, frame_stack=1, render=renderer)
-        render = env.renderer.render
-    env.reset(seed=0)
+        ours = make_env(task, SIZE, frame_stack=1, render=renderer)
+        ours.reset(seed=0)
+        env, render = ours.simulator.env, ours.frame
     rng, repetitions = np.random.default_rng(0), []
     for _ in range(args.repeats + 1):  # the first warms up
         spent = []
         for _ in range(5 if args.quick else 100):
-            env.env.step(rng.uniform(-1, 1, env.action_dim))
+            env.step(rng.uniform(-1, 1, env.action_spec().shape))
             start = time.perf_counter()
             frame = render()
             spent.append(time.perf_counter() - start)
@@ -293,7 +307,7 @@ def pool_seconds(task: str, args: Args) -> float:
     """Seconds per frame of an EnvPool with one environment per core: action repeat, rendering and pipes."""
     count = cores()
     pool, rng, repetitions = EnvPool(task, SIZE, count), np.random.default_rng(0), []
-    actions = rng.uniform(-1, 1, (5 if args.quick else 100, count, pool.call("action_size", [()] * count)[0]))
+    actions = rng.uniform(-1, 1, (5 if args.quick else 100, count, pool.spec["action_dim"]))
     for repetition in range(args.repeats + 1):  # the first warms up
         pool.reset(repetition * count + np.arange(count))
         start = time.perf_counter()
@@ -315,8 +329,8 @@ def main(args: Args) -> None:
     if args.windows is None:
         args.windows = 2 if args.quick else 64 if args.device.startswith("cuda") else 8
     torch.backends.cudnn.allow_tf32 = False  # of the calibration; accelerate() sets it for the updates
-    machine = {"hardware": hardware(args.device), "versions": versions(), "torch_threads": torch.get_num_threads()}
-    print(f"{machine['hardware']}; {machine['torch_threads']} torch threads; device {args.device}; "
+    machine = provenance(args.device)
+    print(f"{machine['hardware']}; device {args.device}; "
           + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()))  # fmt: skip
     if args.quick:
         print("REHEARSAL (--quick): tiny shapes and few repetitions; compare none of these numbers")
@@ -342,11 +356,7 @@ def main(args: Args) -> None:
     print(NOTE)
     if args.json:
         facts = machine | {name: getattr(args, name) for name in ("device", "quick", "repeats")}
-        facts |= {
-            "commit": commit_of(Path(__file__), ROOT / "common.py"),
-            "calibration_s": calibration,
-            "rows": table.rows,
-        }
+        facts |= {"calibration_s": calibration, "rows": table.rows}
         Path(args.json).write_text(json.dumps(facts, indent=1) + "\n")
 
 

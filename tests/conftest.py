@@ -16,8 +16,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "algos"), str(ROOT / "data")]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # of child processes
 torch.set_num_threads(1)
 
-import common  # noqa: E402
 from store import DatasetWriter  # noqa: E402
+
+import common  # noqa: E402
 
 
 def run_python(*words, **kwargs) -> subprocess.CompletedProcess:
