@@ -592,11 +592,7 @@ def parse_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
     if own or first.source != "made" or task.startswith("kitchen-"):
         merged.pop("transitions", None)  # such sets are used whole
     args = tyro.cli(args_class, args=argv, default=dataclasses.replace(args_class(), **merged), config=config)
-    for name, hint in typing.get_type_hints(args_class, include_extras=True).items():
-        for kind in (hint, *typing.get_args(hint)):
-            low, high = getattr(kind, "__metadata__", [(-math.inf, math.inf)])[0]
-            if isinstance(value := getattr(args, name), int | float) and not low <= value <= high:
-                raise UserError(f"--{name.replace('_', '-')} {value}: from {low} to {high}")
+    check_ranges(args)
     if not re.fullmatch(r"([\w-][\w.-]*)?", args.tag):
         raise UserError(f"--tag {args.tag}: letters, digits, - and _")
     if args.transitions and (own or args.source != "made"):
@@ -615,6 +611,15 @@ def parse_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
         native = torch.cuda.get_device_capability() >= (8, 0) if args.device == "cuda" else native
         args.precision = "bf16" if native else "fp32"
     return args
+
+
+def check_ranges(args) -> None:
+    """Raises UserError for a number out of the range that its flag's type names: Count, Share ..."""
+    for name, hint in typing.get_type_hints(type(args), include_extras=True).items():
+        for kind in (hint, *typing.get_args(hint)):
+            for low, high in getattr(kind, "__metadata__", ()):
+                if (value := getattr(args, name)) is not None and not low <= value <= high:
+                    raise UserError(f"--{name.replace('_', '-')} {value}: from {low} to {high}")
 
 
 def evaluation_pool(args, facts: dict, frame_stack: int = 3) -> EnvPool | None:
@@ -838,8 +843,7 @@ def provenance(device: str) -> dict:
     names = ("torch", "numpy", "mujoco", "dm_control", "metaworld")
     versions = {it.name: it.version for it in importlib.metadata.distributions() if it.name in names}
     cpu = re.search(r"model name\s*: (.*)|$", CPU_INFO)[1] or platform.machine()
-    hardware = (
-        f"{torch.get_num_threads()} of {cores()} cores of {cpu}" if device == "cpu" else torch.cuda.get_device_name()
-    )
+    hardware = f"{torch.get_num_threads()} of {cores()} cores of {cpu}"
+    hardware = torch.cuda.get_device_name() if device == "cuda" else hardware
     versions |= {"python": platform.python_version()}
     return {"command": shlex.join(sys.argv), "commit": commit, "versions": versions, "hardware": hardware}

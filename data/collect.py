@@ -30,7 +30,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))
 from published import print_statistics  # noqa: E402
-from store import DatasetWriter, check_ranges, return_statistics, set_folder, standard_transitions, take_lock  # noqa: E402
+from store import DatasetWriter, return_statistics, set_folder, standard_transitions, take_lock  # noqa: E402
 
 from common import (  # noqa: E402
     BAR_SECONDS,
@@ -39,6 +39,7 @@ from common import (  # noqa: E402
     UserError,
     Weight,
     Whole,
+    check_ranges,
     cores,
     make_env,
     one_line_errors,

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))
-from store import DatasetWriter, check_ranges, return_statistics, set_folder  # noqa: E402
+from store import DatasetWriter, return_statistics, set_folder  # noqa: E402
 
-from common import BAR_SECONDS, Count, Env, EnvPool, UserError, cores, one_line_errors  # noqa: E402
+from common import BAR_SECONDS, Count, Env, EnvPool, UserError, check_ranges, cores, one_line_errors  # noqa: E402
 
 STATE, ACTION = 59, 9
 

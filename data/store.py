@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import sys
-import typing
 from argparse import Namespace
 from pathlib import Path
 
@@ -33,15 +32,6 @@ def set_folder(data_dir, source: str, task: str, name: str, size: int, transitio
     data_dir = Path(data_dir or os.environ.get("CLEANPIXELS_DATA") or ROOT / "datasets").expanduser()
     return standard_set(Namespace(data_dir=data_dir, source=source, task=task, dataset=name, transitions=transitions,
                                   data_seed=seed), size)[0]  # fmt: skip
-
-
-def check_ranges(args) -> None:
-    """Raises UserError for a number out of the range that its flag's type names (common.Count and so on)."""
-    for name, hint in typing.get_type_hints(type(args), include_extras=True).items():
-        for kind in (hint, *typing.get_args(hint)):
-            for low, high in getattr(kind, "__metadata__", ()):
-                if (value := getattr(args, name)) is not None and not low <= value <= high:
-                    raise UserError(f"--{name.replace('_', '-')} {value}: from {low} to {high}")
 
 
 def take_lock(path: Path, wait: bool) -> filelock.FileLock:

@@ -35,9 +35,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))
 from collect import EPISODE, GRID, POLICIES, STATE_EVERY, SACPolicy, get_state, policy_file  # noqa: E402
 from published import TABLE_5  # noqa: E402
-from store import check_ranges, return_statistics, standard_transitions, take_lock  # noqa: E402
+from store import return_statistics, standard_transitions, take_lock  # noqa: E402
 
-from common import Count, EnvPool, Share, UserError, Weight, Whole, make_env, one_line_errors  # noqa: E402
+from common import Count, EnvPool, Share, UserError, Weight, Whole, check_ranges, make_env, one_line_errors  # noqa: E402
 
 HIDDEN, BATCH, GAMMA = 256, 256, 0.99
 STANDING = 1.3  # m: the root of a humanoid on its feet
