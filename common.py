@@ -567,30 +567,45 @@ def one_line_errors(kind, error, trace) -> None:
         sys.__excepthook__(kind, error, trace)
 
 
-def parse_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = None):
-    """A command line (default: this process's) as an `args_class`; a copy of what was typed is its .typed.
+def parse_args(args_class, tuned: dict, quick: dict):
+    """The command line as an `args_class`, see typed_args, with device and precision found out. From here on a UserError
+    ends the process with its one line."""
+    sys.excepthook = one_line_errors
+    args, cuda = typed_args(args_class, tuned, quick), torch.cuda.is_available()
+    if args.device == "auto":
+        args.device = "cuda" if cuda else "cpu"
+    if args.device == "cuda" and not cuda or args.buffer_device == "cuda" and args.device == "cpu":
+        raise UserError("--device cuda, --buffer-device cuda: there is no CUDA device here, or --device cpu")
+    if args.precision == "auto":  # bf16 where it is native: emulation is slower than fp32
+        native = " avx512_bf16" in CPU_INFO or " amx_bf16" in CPU_INFO
+        native = torch.cuda.get_device_capability() >= (8, 0) if args.device == "cuda" else native
+        args.precision = "bf16" if native else "fp32"
+    return args
+
+
+def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = None):
+    """A command line (default: this process's) as an `args_class`; a copy of it as it is now is its .typed.
 
     Defaults: the class, then `tuned` and under --quick also `quick`: (task, dataset) -> flags, the more exact key
-    later; what the user typed wins. Under --evaluate RUN: the run's own flags. Raises UserError for a number out of the
-    range that its type names; from here on that ends the process with its one line."""
+    later; what the user typed wins. Under --evaluate RUN: the run's own flags. Raises UserError for a bad one."""
     import tyro
 
-    sys.excepthook, config, merged = one_line_errors, (tyro.conf.FlagCreatePairsOff,), {}
+    config, merged = (tyro.conf.FlagCreatePairsOff,), {}
     first, _ = tyro.cli(args_class, args=argv, config=config, add_help=False, return_unknown_args=True)
     own = first.dataset not in NAMED_SETS and not first.evaluate
     if own and not Path(first.dataset).is_dir():
         raise UserError(f"--dataset {first.dataset}: neither one of {', '.join(NAMED_SETS)} nor a folder")
     task = Dataset(first.dataset).task if own else first.task
-    if first.evaluate:
-        kept = read(f"{first.evaluate}/config.json")["args"]
-        merged = {name: kept[name] for name in kept if hasattr(first, name)}
-        merged |= {"device": "auto", "precision": "auto", "buffer_device": "auto", "eval_every": None}
     suite = task.partition("-")[0] + "-*"  # metaworld-*
-    for table in () if first.evaluate else (tuned, quick) if first.quick else (tuned,):
+    for table in (tuned, quick) if first.quick else (tuned,):
         for key in (("*", "*"), ("*", first.dataset), (suite, "*"), (task, "*"), (task, first.dataset)):
             merged |= table.get(key, {})
     if own or first.source != "made" or task.startswith("kitchen-"):
         merged.pop("transitions", None)  # such sets are used whole
+    if first.evaluate:
+        kept = read(f"{first.evaluate}/config.json")["args"]
+        merged = {name: kept[name] for name in kept if hasattr(first, name)}
+        merged |= {"device": "auto", "precision": "auto", "buffer_device": "auto", "eval_every": None}
     args = tyro.cli(args_class, args=argv, default=dataclasses.replace(args_class(), **merged), config=config)
     check_ranges(args)
     if not re.fullmatch(r"([\w-][\w.-]*)?", args.tag):
@@ -601,15 +616,7 @@ def parse_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
         args.task, args.dataset = task, str(Path(args.dataset).resolve())
     args.data_dir = str(Path(args.data_dir or os.environ.get("CLEANPIXELS_DATA") or HERE / "datasets").expanduser())
     args.runs_dir = str(Path(args.runs_dir or HERE / "runs").expanduser())
-    args.typed, cuda = dataclasses.asdict(args), torch.cuda.is_available()
-    if args.device == "auto":
-        args.device = "cuda" if cuda else "cpu"
-    if args.device == "cuda" and not cuda or args.buffer_device == "cuda" and args.device == "cpu":
-        raise UserError("--device cuda, --buffer-device cuda: there is no CUDA device here, or --device cpu")
-    if args.precision == "auto":  # bf16 where it is native: emulation is slower than fp32
-        native = " avx512_bf16" in CPU_INFO or " amx_bf16" in CPU_INFO
-        native = torch.cuda.get_device_capability() >= (8, 0) if args.device == "cuda" else native
-        args.precision = "bf16" if native else "fp32"
+    args.typed = dataclasses.asdict(args)
     return args
 
 
@@ -734,7 +741,7 @@ class Run:
         self.log_due = self.checkpoint_due or step % self.args.log_every == 0
 
     def log(self, part: str, step: int, metrics: dict) -> None:
-        """Appends a row to <part>.csv; a list spreads over numbered columns. Raises UserError that names metrics which are
+        """Appends a row to <part>.csv; a list spreads over numbered columns. Raises UserError that names metrics that are
         not finite."""
         row = {"step": step, "wall_s": round(time.monotonic() - self.begun, 1)}
         for name, value in metrics.items():
@@ -778,7 +785,7 @@ class Run:
 
 
 def load_run(args) -> tuple[dict, dict]:
-    """The facts of the data, and the weights, of the finished run that --evaluate names; its flags are `args` already."""
+    """Facts of the data, and weights, of the finished run that --evaluate names; its flags are `args` already."""
     config, algo = read(f"{args.evaluate}/config.json"), Path(sys.modules["__main__"].__file__).stem
     if config["algo"] != algo:
         raise UserError(f"--evaluate {args.evaluate} is a run of {config['algo']}.py, not of {algo}.py")
