@@ -135,10 +135,9 @@ class Env:
             try:
                 mujoco.gl_context.GLContext = importlib.import_module(f"mujoco.{gl}").GLContext
                 self.renderer = mujoco.Renderer(simulator.model, size, size)
+                atexit.register(self.renderer.close)  # before GL ends; not earlier: it may free another one's objects
             except Exception as error:  # whatever a GL library raises
                 raise UserError(f"MUJOCO_GL={gl} cannot render here ({error}). {GL_HELP}") from None
-        self.close = weakref.finalize(self, self.free, self.renderer)  # also when it is dropped,
-        atexit.register(self.close)  # and at exit before GL ends
 
     def reset(self, seed: int) -> tuple[np.ndarray, dict]:
         """Starts the episode that the seed names, whatever was before. Returns obs and info {"state": (D,) float32}."""
@@ -159,12 +158,6 @@ class Env:
         picture = self.renderer.render()  # (S, S, 3)
         picture = picture[::-1, ::-1] if self.simulator.upside_down else picture
         return np.ascontiguousarray(picture.transpose(2, 0, 1))
-
-    @staticmethod
-    def free(renderer) -> None:
-        if renderer:
-            renderer._gl_context.make_current()  # else objects of whichever context is current would be deleted
-            renderer.close()
 
 
 def make_env(task: str, size: int | None = 84, frame_stack: int = 3, render: str = "fast", gl: str = "") -> Env:
@@ -387,20 +380,23 @@ def open_dataset(args, size: int) -> Dataset:
     return Dataset(folder)
 
 
-class Frames:
-    """Every image row of a set, its parts one after another: in the memory map, or on the GPU if they fit."""
+class Buffer:
+    """What both samplers share: every image row of a set, its parts one after another, in the memory map or on the GPU
+    if they fit (buffer_device auto); and a generator, which checkpoints keep."""
 
-    def __init__(self, dataset: Dataset, device: torch.device, buffer_device: str):
+    def __init__(self, dataset: Dataset, batch_size: int, seed: int, device, buffer_device: str):
+        self.batch_size, self.action_dim, self.device = batch_size, dataset.action_dim, torch.device(device)
         with warnings.catch_warnings(action="ignore"):  # torch notes that the map is read-only: nothing writes to it
             self.images = [torch.from_numpy(part.image) for part in dataset.parts]
-        self.device, self.on_gpu = device, device.type == "cuda" and buffer_device != "cpu"
+        self.on_gpu = self.device.type == "cuda" and buffer_device != "cpu"
         if self.on_gpu and buffer_device == "auto":  # benchmark.sh says how many runs begin on one GPU together
-            room = 0.6 * torch.cuda.mem_get_info(device)[0] / int(os.environ.get("CLEANPIXELS_RUNS_PER_GPU", 1))
+            room = 0.6 * torch.cuda.mem_get_info(self.device)[0] / int(os.environ.get("CLEANPIXELS_RUNS_PER_GPU", 1))
             self.on_gpu = sum(image.numel() for image in self.images) < room
         if self.on_gpu:
-            self.images = [torch.cat([image.to(device) for image in self.images])]
+            self.images = [torch.cat([image.to(self.device) for image in self.images])]
+        self.generator = torch.Generator().manual_seed(seed)
 
-    def gather(self, rows: Tensor) -> Tensor:
+    def frames(self, rows: Tensor) -> Tensor:
         """rows (n,) int64, those of one part after those of another -> (n, 3, S, S) uint8. Any other order is an
         IndexError: within its part a row would be negative, or beyond the end."""
         source = self.images[0]
@@ -411,6 +407,12 @@ class Frames:
         for image, start, low, high in zip(self.images, starts, cuts[:-1], cuts[1:]):
             torch.index_select(image, 0, rows[low:high] - start, out=out[low:high])
         return out.to(self.device, non_blocking=True)
+
+    def state_dict(self) -> dict:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.generator.set_state(state["generator"])
 
 
 class Batch(NamedTuple):
@@ -426,19 +428,17 @@ class Batch(NamedTuple):
     next_obs: Tensor | None
 
 
-class TransitionBuffer:
+class TransitionBuffer(Buffer):
     """Uniform samples of n-step transitions, with replacement, from every complete window of a set.
 
-    Frames are stored once and stacked as they are gathered: the rows before an episode's first are its first, so
-    no stack and no window crosses episodes. A batch comes sorted by row (its order carries no meaning, memory
-    likes it). The frames stay in the memory map, or are held on the GPU as uint8 (buffer_device)."""
+    Frames are stored once and stacked as they are gathered: the rows before an episode's first are its first, so no
+    stack and no window crosses episodes. A batch comes sorted by row: its order carries no meaning, memory likes it."""
 
     def __init__(self, dataset: Dataset, batch_size: int, frame_stack: int = 3, nstep: int = 1, gamma: float = 0.99,
                  seed: int = 0, device="cpu", buffer_device: str = "cpu", next_obs: bool = True):  # fmt: skip
-        self.batch_size, self.frame_stack, self.nstep, self.next_obs = batch_size, frame_stack, nstep, next_obs
-        self.device, self.action_dim = torch.device(device), dataset.action_dim
+        super().__init__(dataset, batch_size, seed, device, buffer_device)
+        self.frame_stack, self.nstep, self.next_obs = frame_stack, nstep, next_obs
         self.obs_shape = (3 * frame_stack, dataset.size, dataset.size)
-        self.frames = Frames(dataset, self.device, buffer_device)
         first_rows, lengths, (action, reward, discount) = dataset.rows()
         windows = np.maximum(lengths - nstep, 0)  # T - n + 1 starts in T + 1 rows: all n rewards must exist
         if not windows.any():
@@ -458,9 +458,8 @@ class TransitionBuffer:
         columns = action[rows + 1], total[:, None].astype(np.float32), factor[:, None].astype(np.float32)
         self.action, self.reward, self.factor = (torch.from_numpy(column).to(self.device) for column in columns)
         self.rows, self.offset = torch.from_numpy(rows), torch.from_numpy(offset)
-        if self.frames.on_gpu:
+        if self.on_gpu:
             self.rows, self.offset = self.rows.to(self.device), self.offset.to(self.device)
-        self.generator = torch.Generator().manual_seed(seed)
 
     def sample(self) -> Batch:
         index = torch.randint(len(self.rows), (self.batch_size,), generator=self.generator).sort().values
@@ -469,7 +468,7 @@ class TransitionBuffer:
     def gather(self, index: Tensor) -> Batch:
         """The transitions of windows `index` (B,) int64, in rising order."""
         on_device = index.to(self.device, non_blocking=True)
-        index = on_device if self.frames.on_gpu else index
+        index = on_device if self.on_gpu else index
         rows, offset = self.rows[index], self.offset[index]
         obs = self.stacked(rows, offset)
         next_obs = self.stacked(rows + self.nstep, offset + self.nstep) if self.next_obs else None
@@ -479,13 +478,7 @@ class TransitionBuffer:
         """rows (B,), the `offset`-th of their episodes -> frames (B, 3 * frame_stack, S, S) uint8, oldest first."""
         back = torch.arange(self.frame_stack - 1, -1, -1, device=rows.device)
         rows = rows[:, None] - torch.minimum(back, offset[:, None])
-        return self.frames.gather(rows.flatten()).view(len(rows), *self.obs_shape)
-
-    def state_dict(self) -> dict:
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.generator.set_state(state["generator"])
+        return self.frames(rows.flatten()).view(len(rows), *self.obs_shape)
 
 
 class Sequences(NamedTuple):
@@ -504,15 +497,15 @@ class Sequences(NamedTuple):
     row: Tensor
 
 
-class SequenceBuffer:
+class SequenceBuffer(Buffer):
     """Windows of `length` rows that lie in one episode: an episode drawn uniformly, then one of its starts, with
-    replacement. Every row of an episode that is long enough is in some window, the last one too. Frames are held as in
-    TransitionBuffer. action (N, A), reward, discount, is_first (N,): of all rows; lengths (E,): rows per episode."""
+    replacement. Every row of an episode that is long enough is in some window, the last one too.
+    action (N, A), reward, discount, is_first (N,): of all rows; lengths (E,): rows per episode."""
 
     def __init__(self, dataset: Dataset, batch_size: int, length: int, seed: int = 0, device="cpu",
                  buffer_device: str = "cpu"):  # fmt: skip
-        self.batch_size, self.length, self.device = batch_size, length, torch.device(device)
-        self.frames, self.action_dim = Frames(dataset, self.device, buffer_device), dataset.action_dim
+        super().__init__(dataset, batch_size, seed, device, buffer_device)
+        self.length = length
         first_rows, lengths, columns = dataset.rows()
         if lengths.max() < length:
             longest = f"its longest episode has {lengths.max()} rows"
@@ -523,7 +516,6 @@ class SequenceBuffer:
         self.is_first = torch.zeros(len(self.reward), dtype=torch.bool, device=self.device)
         self.is_first[torch.from_numpy(first_rows)] = True
         self.set_lengths(torch.from_numpy(lengths))
-        self.generator = torch.Generator().manual_seed(seed)
 
     def set_lengths(self, lengths: Tensor) -> None:
         """Rows of every episode (E,), one after another: what is drawn from."""
@@ -545,16 +537,10 @@ class SequenceBuffer:
         is_first = self.is_first[on_device]  # a copy
         is_first[:, 0] = True
         if images:
-            image = self.frames.gather((on_device if self.frames.on_gpu else row).flatten())
+            image = self.frames((on_device if self.on_gpu else row).flatten())
             image = image.view(*row.shape, *image.shape[1:])
         columns = (column[on_device] for column in (self.action, self.reward, self.discount))
         return Sequences(image, *columns, is_first, on_device)
-
-    def state_dict(self) -> dict:
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.generator.set_state(state["generator"])
 
 
 # ==== Runs ====
@@ -581,55 +567,36 @@ def one_line_errors(kind, error, trace) -> None:
         sys.__excepthook__(kind, error, trace)
 
 
-def parse_args(args_class, tuned: dict, quick: dict):
-    """The command line as an `args_class`, see typed_args; device, precision and accelerate are no longer "auto". From
-    here on a UserError ends the process with its one line and status 1."""
-    sys.excepthook = one_line_errors
-    args, cuda = typed_args(args_class, tuned, quick), torch.cuda.is_available()
-    if args.device == "auto":
-        args.device = "cuda" if cuda else "cpu"
-    if args.device == "cuda" and not cuda or args.buffer_device == "cuda" and args.device == "cpu":
-        raise UserError("--device cuda, --buffer-device cuda: there is no CUDA device here, or --device cpu")
-    if args.precision == "auto":  # bf16 where it is native: emulation is slower than fp32
-        native = " avx512_bf16" in CPU_INFO or " amx_bf16" in CPU_INFO
-        native = torch.cuda.get_device_capability() >= (8, 0) if args.device == "cuda" else native
-        args.precision = "bf16" if native else "fp32"
-    if args.accelerate == "auto":
-        args.accelerate = "eager"  # until compile is measured to be faster and equal
-    return args
-
-
-def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = None):
-    """The words of a command line (default: this process's) as an `args_class`; a copy as they are now is its .typed.
+def parse_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = None):
+    """A command line (default: this process's) as an `args_class`; a copy of what was typed is its .typed.
 
     Defaults: the class, then `tuned` and under --quick also `quick`: (task, dataset) -> flags, the more exact key
     later; what the user typed wins. Under --evaluate RUN: the run's own flags. Raises UserError for a number out of the
-    range that its type names."""
+    range that its type names; from here on that ends the process with its one line."""
     import tyro
 
-    defaults, merged, config = args_class(), {}, (tyro.conf.FlagCreatePairsOff,)
+    sys.excepthook, config, merged = one_line_errors, (tyro.conf.FlagCreatePairsOff,), {}
     first, _ = tyro.cli(args_class, args=argv, config=config, add_help=False, return_unknown_args=True)
     own = first.dataset not in NAMED_SETS and not first.evaluate
+    if own and not Path(first.dataset).is_dir():
+        raise UserError(f"--dataset {first.dataset}: neither one of {', '.join(NAMED_SETS)} nor a folder")
+    task = Dataset(first.dataset).task if own else first.task
     if first.evaluate:
-        merged = {name: value for name, value in read_config(first.evaluate)["args"].items() if hasattr(defaults, name)}
+        kept = read(f"{first.evaluate}/config.json")["args"]
+        merged = {name: kept[name] for name in kept if hasattr(first, name)}
         merged |= {"device": "auto", "precision": "auto", "buffer_device": "auto", "eval_every": None}
-    else:
-        if own and not Path(first.dataset).is_dir():
-            raise UserError(f"--dataset {first.dataset}: neither one of {', '.join(NAMED_SETS)} nor a folder")
-        task = Dataset(first.dataset).task if own else first.task
-        suite = task.partition("-")[0] + "-*"  # metaworld-*
-        keys = ("*", "*"), ("*", first.dataset), (suite, "*"), (task, "*"), (task, first.dataset)
-        for table in (tuned, quick) if first.quick else (tuned,):
-            for key in keys:
-                merged |= table.get(key, {})
-        if own or first.source != "made" or task.startswith("kitchen-"):
-            merged.pop("transitions", None)  # such sets are used whole
-    args = tyro.cli(args_class, args=argv, default=dataclasses.replace(defaults, **merged), config=config)
+    suite = task.partition("-")[0] + "-*"  # metaworld-*
+    for table in () if first.evaluate else (tuned, quick) if first.quick else (tuned,):
+        for key in (("*", "*"), ("*", first.dataset), (suite, "*"), (task, "*"), (task, first.dataset)):
+            merged |= table.get(key, {})
+    if own or first.source != "made" or task.startswith("kitchen-"):
+        merged.pop("transitions", None)  # such sets are used whole
+    args = tyro.cli(args_class, args=argv, default=dataclasses.replace(args_class(), **merged), config=config)
     for name, hint in typing.get_type_hints(args_class, include_extras=True).items():
         for kind in (hint, *typing.get_args(hint)):
-            for low, high in getattr(kind, "__metadata__", ()):
-                if (value := getattr(args, name)) is not None and not low <= value <= high:
-                    raise UserError(f"--{name.replace('_', '-')} {value}: from {low} to {high}")
+            low, high = getattr(kind, "__metadata__", [(-math.inf, math.inf)])[0]
+            if isinstance(value := getattr(args, name), int | float) and not low <= value <= high:
+                raise UserError(f"--{name.replace('_', '-')} {value}: from {low} to {high}")
     if not re.fullmatch(r"([\w-][\w.-]*)?", args.tag):
         raise UserError(f"--tag {args.tag}: letters, digits, - and _")
     if args.transitions and (own or args.source != "made"):
@@ -638,7 +605,15 @@ def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
         args.task, args.dataset = task, str(Path(args.dataset).resolve())
     args.data_dir = str(Path(args.data_dir or os.environ.get("CLEANPIXELS_DATA") or HERE / "datasets").expanduser())
     args.runs_dir = str(Path(args.runs_dir or HERE / "runs").expanduser())
-    args.typed = dataclasses.asdict(args)
+    args.typed, cuda = dataclasses.asdict(args), torch.cuda.is_available()
+    if args.device == "auto":
+        args.device = "cuda" if cuda else "cpu"
+    if args.device == "cuda" and not cuda or args.buffer_device == "cuda" and args.device == "cpu":
+        raise UserError("--device cuda, --buffer-device cuda: there is no CUDA device here, or --device cpu")
+    if args.precision == "auto":  # bf16 where it is native: emulation is slower than fp32
+        native = " avx512_bf16" in CPU_INFO or " amx_bf16" in CPU_INFO
+        native = torch.cuda.get_device_capability() >= (8, 0) if args.device == "cuda" else native
+        args.precision = "bf16" if native else "fp32"
     return args
 
 
@@ -669,9 +644,10 @@ class Run:
     another process runs in it; SystemExit(0) where it is finished. log_due, eval_due, checkpoint_due: see advance()."""
 
     def __init__(self, args, dataset: Dataset):
-        self.args, self.facts, self.script = args, dataset.facts(), Path(sys.modules["__main__"].__file__).resolve()
-        self.path = run_folder(args, self.script.stem, dataset.path.name, dataset.source)
-        self.checkpoint, self.stop_signal, finished = self.path / "checkpoint.pt", 0, self.path / "finished.json"
+        script = Path(sys.modules["__main__"].__file__).resolve()
+        self.args, self.code, self.stop_signal = args, (script, HERE / "common.py"), 0
+        self.path = run_folder(args, script.stem, dataset.path.name, dataset.source)
+        self.checkpoint, finished = self.path / "checkpoint.pt", self.path / "finished.json"
         if args.steps == 0:
             raise UserError("no updates are asked for: there is nothing to do")
         self.path.mkdir(parents=True, exist_ok=True)
@@ -680,11 +656,12 @@ class Run:
             self.lock.acquire(timeout=0.3)  # benchmark.sh looks at a lock by taking it for an instant
         except filelock.Timeout:
             raise UserError(f"{self.path} is in use by another process") from None
-        for entry in self.path.iterdir() if args.overwrite else ():
-            if entry.name != ".lock":
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for entry in set(self.path.iterdir()) - {self.path / ".lock"} if args.overwrite else ():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        self.config = {"algo": script.stem, "script": hashlib.sha256(script.read_bytes()).hexdigest()[:12]}
+        self.config |= {"dataset": dataset.facts(), "typed": args.typed, "resumed": []}
         if finished.exists() or self.checkpoint.exists():
-            self.check_config(finished.exists())
+            self.compare(read(self.path / "config.json"), finished.exists())
         if finished.exists():
             print(f"{self.path} is finished: {finished.read_text()}")
             raise SystemExit(0)
@@ -693,58 +670,46 @@ class Run:
         torch.manual_seed(args.seed)
         np.random.seed(args.seed)
 
-    def check_config(self, finished: bool) -> None:
-        """Raises UserError where this command is not the one that began the run."""
-        old, args = read_config(self.path), self.args
-        if args.eval_every is None:
-            args.eval_every = old["args"]["eval_every"]
-        pairs = {name: (old["args"].get(name), value) for name, value in dataclasses.asdict(args).items()}
-        pairs |= {"dataset hash": (old["dataset"]["hash"], self.facts["hash"]), "script": (old["script"], self.code())}
-        if "steps" in pairs and not finished and pairs["steps"][0] < args.steps:
-            del pairs["steps"]  # may grow
-        changed = [f"--{name.replace('_', '-')} {was} -> {now}" for name, (was, now) in pairs.items()
-                   if was != now and name not in FREE_FLAGS]  # fmt: skip
+    def compare(self, old: dict, finished: bool) -> None:
+        """Raises UserError where this command is not the one that began the run. --steps may grow until it is over."""
+        if self.args.eval_every is None:
+            self.args.eval_every = old["args"]["eval_every"]
+        was, now = old["args"] | {"script": old["script"]}, dataclasses.asdict(self.args)
+        was["data"], now["data"] = old["dataset"]["hash"], self.config["dataset"]["hash"]
+        now["script"] = self.config["script"]
+        changed = {name for name in now if name not in FREE_FLAGS and was.get(name) != now[name]}
+        if not finished and was.get("steps", math.inf) < self.args.steps:
+            changed -= {"steps"}
         if changed:
-            raise UserError(
-                f"{self.path} holds another run: {', '.join(changed)}. Give this one a --tag, or --overwrite"
-            )
+            listed = ", ".join(f"--{name.replace('_', '-')} {was.get(name)} -> {now[name]}" for name in sorted(changed))
+            raise UserError(f"{self.path} holds another run: {listed}. Give this one a --tag, or --overwrite")
 
     def begin(self, **objects) -> int:
         """Begins the run, or puts its checkpoint back into `objects` and cuts the metrics that came after it. Returns
         the step, 0 for a new run. From here on SIGTERM and Ctrl-C ask for a checkpoint."""
         saved, here = {"step": 0, "wall_s": 0.0, "sizes": {}}, provenance(self.args.device)
-        config = {"algo": self.script.stem, "script": self.code(), **here, "resumed": []}
+        config = self.config | here
         if self.checkpoint.exists():
-            saved, config = load(self.checkpoint), read_config(self.path)
+            saved, config = read(self.checkpoint), read(self.path / "config.json")
             config["resumed"].append(here)
             for name, thing in objects.items():
                 thing.load_state_dict(saved["objects"][name])
             torch.set_rng_state(saved["torch"])
-            if "cuda" in saved and torch.cuda.is_available():
+            if "cuda" in saved and self.args.device == "cuda":
                 torch.cuda.set_rng_state(saved["cuda"])
             print(f"continuing {self.path} at step {saved['step']}")
         for file in self.path.glob("*.csv"):
             os.truncate(file, saved["sizes"][file.name]) if file.name in saved["sizes"] else file.unlink()
-        for file in (self.script, HERE / "common.py") if saved["step"] == 0 else ():
+        for file in () if saved["step"] else self.code:
             write_atomically(self.path / file.name, file.read_bytes())
-        config |= {"args": dataclasses.asdict(self.args), "typed": self.args.typed, "dataset": self.facts}
+        config["args"] = dataclasses.asdict(self.args)
         write_atomically(self.path / "config.json", json.dumps(config, indent=1).encode())
-        self.tensorboard = None
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(self.path / "tensorboard", purge_step=saved["step"] + 1)
-        except Exception as error:  # not installed, or at odds with another package
-            print(f"note: no tensorboard, metrics go to CSV alone ({type(error).__name__}: {error})")
         self.saved = time.monotonic()
         self.begun = self.saved - saved["wall_s"]  # as if all had been one process
         self.bar = tqdm(total=self.args.steps, initial=saved["step"], unit="update", mininterval=BAR_SECONDS)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
         return saved["step"]
-
-    def code(self) -> str:
-        return hashlib.sha256(self.script.read_bytes()).hexdigest()[:12]
 
     def on_signal(self, number: int, _) -> None:
         self.stop_signal = number
@@ -764,18 +729,15 @@ class Run:
         self.log_due = self.checkpoint_due or step % self.args.log_every == 0
 
     def log(self, part: str, step: int, metrics: dict) -> None:
-        """Appends a row to <part>.csv and TensorBoard; a list spreads over numbered columns. Raises UserError that
-        names the metrics which are not finite."""
+        """Appends a row to <part>.csv; a list spreads over numbered columns. Raises UserError that names metrics which are
+        not finite."""
         row = {"step": step, "wall_s": round(time.monotonic() - self.begun, 1)}
         for name, value in metrics.items():
             row |= {f"{name}_{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
         if bad := [name for name, value in row.items() if not math.isfinite(value)]:
             raise UserError(f"{', '.join(bad)} not finite at step {step}; {self.path} keeps the checkpoint before")
-        new = not (self.path / f"{part}.csv").exists()
         with open(self.path / f"{part}.csv", "a", newline="") as file:
-            csv.writer(file).writerows([row, row.values()] if new else [row.values()])
-        for name, value in row.items() if self.tensorboard else ():
-            self.tensorboard.add_scalar(name if "/" in name else f"{part}/{name}", value, step)
+            csv.writer(file).writerows([row, row.values()] if file.tell() == 0 else [row.values()])
         if part == "eval":
             success = f", success {row['success']:.0f} %" if "success" in row else ""
             self.bar.write(f"step {step}: score {row['score']:.1f}{success}")
@@ -811,22 +773,23 @@ class Run:
 
 
 def load_run(args) -> tuple[dict, dict]:
-    """The facts of the data, and the weights, of the finished run that --evaluate names; its flags are `args` already,
-    see typed_args."""
-    config, algo = read_config(args.evaluate), Path(sys.modules["__main__"].__file__).stem
+    """The facts of the data, and the weights, of the finished run that --evaluate names; its flags are `args` already."""
+    config, algo = read(f"{args.evaluate}/config.json"), Path(sys.modules["__main__"].__file__).stem
     if config["algo"] != algo:
         raise UserError(f"--evaluate {args.evaluate} is a run of {config['algo']}.py, not of {algo}.py")
-    return config["dataset"], load(f"{args.evaluate}/weights.pt")
+    return config["dataset"], read(f"{args.evaluate}/weights.pt")
 
 
-def load(file: str | Path) -> dict:
-    """What torch.save wrote. Raises UserError."""
+def read(file: str | Path) -> dict:
+    """A config.json, or what torch.save wrote. Raises UserError that names the file."""
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing; is the run finished?") from None
-    except Exception as error:  # pickle, zip and torch errors have no base class in common
-        raise UserError(f"{file} is damaged ({str(error).splitlines()[0]})") from None
+        if Path(file).suffix == ".pt":
+            return torch.load(file, map_location="cpu", weights_only=True)
+        config = json.loads(Path(file).read_text())
+        return {name: config[name] for name in ("algo", "script", "args", "typed", "dataset", "resumed")} | config
+    except Exception as error:  # pickle, zip, torch and JSON errors have no base class in common
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(f"{file} is missing or damaged ({problem}); is it of a run, and finished?") from None
 
 
 def accelerate(agent, args) -> None:
@@ -853,15 +816,6 @@ def save_video(path: Path, frames: list[np.ndarray]) -> None:
         print(f"note: {path.name} was not written ({error})")
 
 
-def read_config(run: str | Path) -> dict:
-    """config.json of a run's folder. Raises UserError that names the file."""
-    try:
-        config = json.loads(Path(run, "config.json").read_text())
-        return {name: config[name] for name in ("algo", "script", "args", "typed", "dataset", "resumed")} | config
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{run}/config.json is missing or broken ({error!r}); is {run} a run's folder?") from None
-
-
 def write_atomically(path: Path, content) -> None:
     """Bytes, or what torch.save takes, to a file: whole or not at all. Raises UserError that names the file."""
     temporary = path.with_name(f"{path.name}.tmp")
@@ -881,10 +835,11 @@ def provenance(device: str) -> dict:
     """Command, commit (-dirty: a file has changed; empty outside a repository), versions and hardware."""
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    there = {name.lower() for name in importlib.metadata.packages_distributions()}
-    names = [name for name in ("torch", "numpy", "mujoco", "dm_control", "metaworld") if name in there]
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
-    model = re.search(r"model name\s*: (.*)", CPU_INFO)
-    hardware = f"{torch.get_num_threads()} of {cores()} cores of {model[1] if model else platform.machine()}"
-    hardware = torch.cuda.get_device_name() if device == "cuda" else hardware
+    names = ("torch", "numpy", "mujoco", "dm_control", "metaworld")
+    versions = {it.name: it.version for it in importlib.metadata.distributions() if it.name in names}
+    cpu = re.search(r"model name\s*: (.*)|$", CPU_INFO)[1] or platform.machine()
+    hardware = (
+        f"{torch.get_num_threads()} of {cores()} cores of {cpu}" if device == "cpu" else torch.cuda.get_device_name()
+    )
+    versions |= {"python": platform.python_version()}
     return {"command": shlex.join(sys.argv), "commit": commit, "versions": versions, "hardware": hardware}

@@ -76,7 +76,7 @@ class Args:
     log_every: Count = 100  # gradient updates
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the hardware has it (DIFF 9)
-    accelerate: Literal["auto", "eager", "compile"] = "auto"  # the same mathematics; auto: eager
+    accelerate: Literal["eager", "compile"] = "eager"  # compile: the losses under torch.compile
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the frames are; auto: on the GPU if they fit
 
 

@@ -95,7 +95,7 @@ class Args:
     log_every: Count = 100  # gradient updates
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the hardware has it
-    accelerate: Literal["auto", "eager", "compile"] = "auto"  # the same mathematics; auto: eager
+    accelerate: Literal["eager", "compile"] = "eager"  # compile: the losses under torch.compile
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the frames are; auto: on the GPU if they fit
 
     @property
@@ -644,7 +644,7 @@ class OnlineBuffer(common.SequenceBuffer):
                     os.posix_fallocate(handle.fileno(), 0, array.nbytes)
             self.files[name] = np.load(file, mmap_mode="r+")
         frames = torch.from_numpy(self.files["image"])
-        self.frames.images.append(frames.to(self.device) if self.frames.on_gpu else frames)
+        self.images.append(frames.to(self.device) if self.on_gpu else frames)
         for episode in range(len(self.online)):
             self.take_in(episode)
 
@@ -666,8 +666,8 @@ class OnlineBuffer(common.SequenceBuffer):
         for name in ("action", "reward", "discount"):
             getattr(self, name)[ours] = torch.from_numpy(self.files[name][first : first + count])
         self.is_first[ours.start] = True
-        if self.frames.on_gpu:
-            self.frames.images[-1][first : first + count] = torch.from_numpy(self.files["image"][first : first + count])
+        if self.on_gpu:
+            self.images[-1][first : first + count] = torch.from_numpy(self.files["image"][first : first + count])
         self.set_lengths(torch.cat([self.lengths, torch.tensor([count])]))
 
     def played(self, repeat: int) -> dict[str, int]:
@@ -764,7 +764,7 @@ def main(args: Args) -> None:
     agent = Agent(args, dataset.action_dim).to(args.device)
     common.accelerate(agent, args)
     if args.offline_from and not run.checkpoint.exists():
-        agent.load_state_dict(common.load(f"{args.offline_from}/offline.pt"))
+        agent.load_state_dict(common.read(f"{args.offline_from}/offline.pt"))
     buffer = OnlineBuffer(dataset, args, rows)
     step = run.begin(agent=agent, buffer=buffer)  # 0, or where the checkpoint was written
     if args.online_episodes:

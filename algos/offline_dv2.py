@@ -83,7 +83,7 @@ class Args:
     log_every: Count = 100  # gradient updates
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the hardware has it (DIFF 5)
-    accelerate: Literal["auto", "eager", "compile"] = "auto"  # the same mathematics; auto: eager
+    accelerate: Literal["eager", "compile"] = "eager"  # compile: the losses under torch.compile
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the frames are; auto: on the GPU if they fit
 
     @property
@@ -485,8 +485,8 @@ class Agent(nn.Module):
         """Embeddings of every row of the set, in the encoder's output precision. -> (rows of the set, E) (DIFF 4)."""
         out = None
         with self.autocast():
-            for index in torch.arange(len(buffer.reward), device=buffer.frames.images[0].device).split(rows):
-                embed = self.model.embed(buffer.frames.gather(index))
+            for index in torch.arange(len(buffer.reward), device=buffer.images[0].device).split(rows):
+                embed = self.model.embed(buffer.frames(index))
                 out = embed.new_empty(len(buffer.reward), embed.shape[-1]) if out is None else out
                 out[index.to(out.device)] = embed
         return out
@@ -651,7 +651,7 @@ def main(args: Args) -> None:
     agent = Agent(args, buffer.action_dim).to(args.device)
     common.accelerate(agent, args)
     if args.model_from and not run.checkpoint.exists():
-        weights = common.load(f"{args.model_from}/weights.pt").items()
+        weights = common.read(f"{args.model_from}/weights.pt").items()
         agent.model.load_state_dict({k.removeprefix("model."): v for k, v in weights if k.startswith("model.")})
     step, embeds = run.begin(agent=agent, buffer=buffer), None  # 0, or where the checkpoint was written
     while step < args.steps:

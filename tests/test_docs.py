@@ -1,4 +1,4 @@
-"""The commands of docs/your_own_idea.md, typed one after another; links of docs/ to lines of code."""
+"""The commands of docs/your_own_idea.md, typed one after another."""
 
 import csv
 import os
@@ -10,26 +10,6 @@ from pathlib import Path
 
 import pytest
 from conftest import ENVIRONMENT, ROOT
-
-import report
-from common import UserError
-
-
-def test_line_links_follow_the_code(tmp_path):
-    (tmp_path / "algos").mkdir()
-    (tmp_path / "docs").mkdir()
-    source = tmp_path / "algos" / "x.py"
-    source.write_text("A = 1\n\n\nclass Agent:\n    b: int = 2\n\n    def act(self):\n        return 1\n")
-    page = tmp_path / "docs" / "x.md"
-    page.write_text("".join(f"[`{name}`](../algos/x.py#L99-L100) " for name in ("A", "Agent", "Agent.b", "Agent.act")))
-    text = report.fill_docs(tmp_path, [page])[page]
-    assert re.findall(r"#[L0-9-]+", text) == ["#L1", "#L4-L8", "#L5", "#L7-L8"]
-    source.write_text("\n\n" + source.read_text())
-    text = report.fill_docs(tmp_path, [page])[page]
-    assert re.findall(r"#[L0-9-]+", text) == ["#L3", "#L6-L10", "#L7", "#L9-L10"]
-    page.write_text("[`Agent.gone`](../algos/x.py)")
-    with pytest.raises(UserError, match=r"x\.py defines no Agent\.gone"):
-        report.fill_docs(tmp_path, [page])
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
