@@ -568,8 +568,8 @@ def one_line_errors(kind, error, trace) -> None:
 
 
 def parse_args(args_class, tuned: dict, quick: dict):
-    """The command line as an `args_class`, see typed_args, with device and precision found out. From here on a UserError
-    ends the process with its one line."""
+    """The command line as an `args_class`, see typed_args, with device and precision found out. From here on a
+    UserError ends the process with its one line."""
     sys.excepthook = one_line_errors
     args, cuda = typed_args(args_class, tuned, quick), torch.cuda.is_available()
     if args.device == "auto":
@@ -741,8 +741,8 @@ class Run:
         self.log_due = self.checkpoint_due or step % self.args.log_every == 0
 
     def log(self, part: str, step: int, metrics: dict) -> None:
-        """Appends a row to <part>.csv; a list spreads over numbered columns. Raises UserError that names metrics that are
-        not finite."""
+        """Appends a row to <part>.csv; a list spreads over numbered columns. Raises UserError that names metrics which
+        are not finite."""
         row = {"step": step, "wall_s": round(time.monotonic() - self.begun, 1)}
         for name, value in metrics.items():
             row |= {f"{name}_{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}

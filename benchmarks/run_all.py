@@ -141,7 +141,7 @@ def load(algo: str):
 def rows_of(table: Args, algo: str, module, task: str, dataset: str, tail: list[str]):
     """The rows of one algorithm, task and set; tail: the words of every run."""
     head = ["--task", task, "--dataset", dataset]
-    args = common.parse_args(module.Args, module.TUNED, module.QUICK, [*head, *tail])
+    args = common.typed_args(module.Args, module.TUNED, module.QUICK, [*head, *tail])
     make, why, source, stage = "", "", args.source, []
     if dataset in NAMED_SETS:
         folder, recipe = common.standard_set(args, module.SIZE)

@@ -177,7 +177,7 @@ def test_where_a_run_stands(benchmark, own, tmp_path):
     run.mkdir(parents=True)
     by_hand = ["--dataset", f"{own}/", "--runs-dir", str(tmp_path / "runs"), "--log-every", "7", "--lr", "0.5"]
     config = {"algo": "bc", "script": "", "args": {}, "dataset": {"hash": common.Dataset(own).hash}, "resumed": []}
-    config["typed"] = common.parse_args(bc.Args, bc.TUNED, bc.QUICK, by_hand).typed
+    config["typed"] = common.typed_args(bc.Args, bc.TUNED, bc.QUICK, by_hand).typed
 
     def state(*words) -> str:
         flags = ["--algos", "bc", "--seeds", 1, "--datasets", own, "--runs-dir", tmp_path / "runs"]
