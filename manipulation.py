@@ -6,12 +6,12 @@
     adroit-pen         Adroit hand, with the environment's dense reward; 200 steps
     adroit-door
 
-Images alone, no proprioception, as in MOTO (arXiv:2401.03306 Appendix C.1). render "fast" also switches shadows off, 5 to
-10 times the frames per second and visibly another picture; "reference" is the model as it comes.
+Images alone, no proprioception, as in MOTO (arXiv:2401.03306 Appendix C.1). render "fast" also switches shadows off, 5
+to 10 times the frames per second and visibly another picture; "reference" is the model as it comes.
 
-Each simulator has what common.DMCSimulator has: action_dim, action_repeat, episode_steps, return_per_score, model, data,
-camera, upside_down, reset(seed) -> state (D,) float32, step(action) -> state, reward, terminal (never), over, success.
-Rewards are those of the last repeat. Goals and initial states are a function of reset's seed alone."""
+Each simulator has what common.DMCSimulator has: action_dim, action_repeat, episode_steps, return_per_score, model,
+data, camera, upside_down, reset(seed) -> state (D,) float32, and step(action) -> state, reward, terminal (never), over,
+success. Rewards are those of the last repeat. Goals and initial states are a function of reset's seed alone."""
 
 import mujoco
 import numpy as np
