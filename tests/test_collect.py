@@ -120,7 +120,6 @@ def test_replaying_the_stored_actions_gives_the_stored_rewards_and_frames(tiny_s
         for t in range(first + 1, first + 6):
             obs, reward, _, _, _ = env.step(rows["action"][t])
             assert np.array_equal(obs, rows["image"][t]) and np.float32(reward) == rows["reward"][t]
-    env.close()
 
 
 # ---- policies ----

@@ -35,7 +35,6 @@ def recorded(tmp_path_factory):
         nothing = np.zeros(steps, bool)
         buffers.append(EpisodeBuffer(observations={"observation": np.stack(states)}, actions=actions,
                                      rewards=np.zeros(steps), terminations=nothing, truncations=nothing))  # fmt: skip
-    env.close()
     box = gymnasium.spaces.Box
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(path))

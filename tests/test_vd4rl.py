@@ -348,7 +348,6 @@ def test_import_says_whether_84_px_seem_enlarged(tmp_path, capsys):
     for size, verdict in ((84, "not enlarged that way; other ways are not checked"), (64, "it seems ENLARGED")):
         env = make_env("walker-walk", size=size, frame_stack=1, render="reference")
         frame = env.reset(seed=1)[0].transpose(1, 2, 0)
-        env.close()
         frame = frame if size == 84 else enlarge(frame)
         episode = official_episode(2, size=84) | {"image": np.stack([frame] * 3)}
         write_hdf5(tmp_path / str(size), flat([episode]))
