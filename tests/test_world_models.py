@@ -100,7 +100,7 @@ def test_settings_of_tasks_and_sets(command, task, dataset, expected, monkeypatc
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # parse_args replaces it
     algo, *words = command.split()
     file = FILES[algo]
-    args = common.parse_args(file.Args, file.TUNED, file.QUICK, [*words, "--task", task, "--dataset", dataset])
+    args = common.typed_args(file.Args, file.TUNED, file.QUICK, [*words, "--task", task, "--dataset", dataset])
     assert {name: getattr(args, name) for name in expected} == expected
 
 
