@@ -90,7 +90,8 @@ class DMCSimulator:
         self.model, self.data = self.env.physics.model.ptr, self.env.physics.data.ptr
         spec = self.env.action_spec()
         self.low, self.high, self.action_dim = spec.minimum, spec.maximum, spec.shape[0]
-        self.episode_steps = -(-self.env._step_limit // self.action_repeat)
+        limit = self.env._step_limit
+        self.episode_steps = limit if limit == math.inf else -(-limit // self.action_repeat)  # inf // 2 is nan
         self.camera = 2 if domain == "quadruped" else 0
 
     def reset(self, seed: int) -> np.ndarray:
