@@ -52,7 +52,7 @@ class Args:
 
 def load_agent(args: Args):
     """The agent, its file as a module, its flags, the run's configuration."""
-    config = common.read_config(args.run)
+    config = common.read(f"{args.run}/config.json")
     script = ROOT / "algos" / f"{config['algo']}.py"
     if not script.exists() or "class WorldModel" not in script.read_text():
         raise UserError(f"{args.run}: of {script.name}; there is no such file with a WorldModel in algos/")
@@ -64,9 +64,9 @@ def load_agent(args: Args):
     agent = module.Agent(flags, config["dataset"]["action_dim"]).to(args.device)
     finished = Path(args.run, "weights.pt")
     if finished.exists():
-        agent.load_state_dict(common.load(finished))
+        agent.load_state_dict(common.read(finished))
     else:
-        agent.load_state_dict(common.load(f"{args.run}/checkpoint.pt")["objects"]["agent"])
+        agent.load_state_dict(common.read(f"{args.run}/checkpoint.pt")["objects"]["agent"])
     return agent.eval(), module, flags, config
 
 

@@ -245,7 +245,7 @@ def measure_render(table: Table, args: Args) -> None:
 def render_seconds(task: str, renderer: str, args: Args) -> float:
     """Seconds per frame: the median repetition's mean. The states are the same for each renderer."""
     if renderer == "physics.render":
-        os.environ["MUJOCO_GL"] = common.choose_gl()
+        os.environ["MUJOCO_GL"] = common.gl_backend()
         simulator = common.DMCSimulator(task)  # without a camera of ours: no context but dm_control's own exists
         render = partial(simulator.env.physics.render, SIZE, SIZE, camera_id=0)
     else:
