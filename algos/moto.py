@@ -633,15 +633,20 @@ class OnlineBuffer(common.SequenceBuffer):
             setattr(self, name, torch.cat([column, column.new_zeros(rows, *column.shape[1:])]))
 
     def open(self, folder: Path) -> None:
-        """Takes the space of all episodes on the disk, and reads in those that count."""
+        """Takes the space of all episodes on the disk, and reads in those that count. Raises UserError."""
         folder.mkdir(exist_ok=True)
         shapes = {"image": (3, SIZE, SIZE), "action": (self.action_dim,), "reward": (), "discount": ()}
         for name, shape in shapes.items():
             file = folder / f"{name}.npy"
             if not self.online:
-                array = np.lib.format.open_memmap(file, "w+", common.ARRAYS[name], (self.rows, *shape))
-                with open(file, "r+b") as handle:  # a full disk would be a bus error later
-                    os.posix_fallocate(handle.fileno(), 0, array.nbytes)
+                try:
+                    array = np.lib.format.open_memmap(file, "w+", common.ARRAYS[name], (self.rows, *shape))
+                    if hasattr(os, "posix_fallocate"):  # macOS has none
+                        with open(file, "r+b") as handle:  # a full disk would be a bus error later
+                            os.posix_fallocate(handle.fileno(), 0, array.offset + array.nbytes)
+                except OSError as error:
+                    reason = f"no room for {self.rows:,} rows of own episodes ({error.strerror})"
+                    raise UserError(f"{file}: {reason}") from None
             self.files[name] = np.load(file, mmap_mode="r+")
         frames = torch.from_numpy(self.files["image"])
         self.images.append(frames.to(self.device) if self.on_gpu else frames)
