@@ -15,8 +15,6 @@ import torch
 from conftest import ROOT, FourStepsPool, run_main, write_set
 from torch import nn
 from worlds import (
-    ACTION_DIM,
-    CLASSES,
     EACH,
     FILES,
     PHASES,
@@ -344,8 +342,9 @@ def train(own_set, tmp_path):
     """train(algo, *words, flag=value) is the file's command line, here, in an environment of four steps."""
 
     def call(algo, *words, crash=None, **flags):
-        words = ["--dataset", own_set, "--runs-dir", tmp_path, "--eval-every", 4, "--eval-episodes", 1, *words]
-        return run_main(FILES[algo], [*words_of(algo, **(STEPS[algo] | flags)), *words], crash=crash, pool=FourStepsPool)
+        more = ["--dataset", own_set, "--runs-dir", tmp_path, "--eval-every", 4, "--eval-episodes", 1]
+        words = [*words_of(algo, **(STEPS[algo] | flags)), *more, *words]
+        return run_main(FILES[algo], words, crash=crash, pool=FourStepsPool)
 
     call.folder = lambda algo, name="seed0": tmp_path / algo / "walker-walk" / "noise" / name
     return call
@@ -374,13 +373,11 @@ def test_the_second_phase_may_start_from_another_runs_model(algo, train):
 @pytest.mark.parametrize("algo, flag", [("offline_dv2", "agent_steps"), ("moto", "offline_steps")])
 def test_the_target_is_a_copy_every_so_often(algo, flag, train):
     for steps, copied in ((4, True), (5, False)):  # of agent updates in the one, of all in the other: here the same
-        assert train(algo, tag=f"{steps}", target_every=2, **{flag: steps}, **NO_EPISODES.get(algo, {})) is None
+        flags = {flag: steps} | ({"online_episodes": 0} if algo == "moto" else {})
+        assert train(algo, tag=f"{steps}", target_every=2, **flags) is None
         found = weights_of(train.folder(algo, f"{steps}-seed0"))
         critics = {name: value for name, value in found.items() if name.startswith("critic.")}
         assert all(torch.equal(v, found[n.replace("critic", "critic_target")]) for n, v in critics.items()) == copied
-
-
-NO_EPISODES = {"moto": {"online_episodes": 0}}
 
 
 @EACH
