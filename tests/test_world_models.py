@@ -6,7 +6,6 @@ settings, first weights, draws, what an update moves, precision, acting, evaluat
 import json
 import math
 import shutil
-import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -79,11 +78,10 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("command, task, dataset, expected", SETTINGS)
-def test_settings_of_tasks_and_sets(command, task, dataset, expected, monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # parse_args replaces it
+def test_settings_of_tasks_and_sets(command, task, dataset, expected):
     algo, *words = command.split()
     file = FILES[algo]
-    args = common.parse_args(file.Args, file.TUNED, file.QUICK, [*words, "--task", task, "--dataset", dataset])
+    args = common.typed_args(file.Args, file.TUNED, file.QUICK, [*words, "--task", task, "--dataset", dataset])
     assert {name: getattr(args, name) for name in expected} == expected
 
 
@@ -407,8 +405,8 @@ def test_films_and_errors_of_a_run(algo, tool, tmp_path, capsys):
         ({"run": f"{tmp_path}/nothing"}, "nothing/config.json is missing"),
         ({"run": f"{changed}"}, f"algos/{algo}.py has changed"),
         ({"dataset": f"{write_set(tmp_path / 'small', size=21)}"}, "21 px"),
-        ({"context": 5}, "--context 5: from 1 to 4"),
-        ({"context": 0}, "--context 0: from 1 to 4"),
+        ({"context": 5}, "--context 5: must be less than the run's --window 5"),
+        ({"context": 0}, "--context 0: from 1 to"),
     ):
         with pytest.raises(UserError, match=message):
             tool.main(tool.Args(**({"run": str(run), "episodes": 0} | flags)))
