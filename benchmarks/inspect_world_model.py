@@ -22,6 +22,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -41,13 +42,13 @@ class Args:
     run: str  # a run's folder
     out: str | None = None  # where to write; None: RUN/inspect
     dataset: str | None = None  # the path of another set for the windows; None: the run's own
-    windows: int = 6  # columns of the films
-    context: int = 5  # rows whose images the open loop may see
-    batch: int = 64  # windows for the errors
-    episodes: int = 5  # of the random policy, and of the actor; 0: no environment
-    horizon: int = 15  # steps of the shorter comparison of imagined and real reward
-    seed: int = 0  # of windows, random actions and latent draws
-    device: str = "cpu"
+    windows: common.Count = 6  # columns of the films
+    context: common.Count = 5  # rows whose images the open loop may see
+    batch: common.Count = 64  # windows for the errors
+    episodes: common.Whole = 5  # of the random policy, and of the actor; 0: no environment
+    horizon: common.Count = 15  # steps of the shorter comparison of imagined and real reward
+    seed: common.Whole = 0  # of windows, random actions and latent draws
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
 def load_agent(args: Args):
@@ -217,14 +218,15 @@ def in_the_environment(args: Args, agent, pool: EnvPool, config: dict) -> dict:
 
 @torch.no_grad()
 def main(args: Args) -> None:
+    common.check_ranges(args)
     agent, module, flags, config = load_agent(args)
     torch.manual_seed(args.seed)
     dataset = common.Dataset(args.dataset) if args.dataset else common.open_dataset(flags, module.SIZE)
     if dataset.size != module.SIZE or dataset.action_dim != agent.action_dim:
         found = f"{dataset.size} px and {dataset.action_dim} actions"
         raise UserError(f"--dataset {dataset.path}: {found} do not fit the run")
-    if not 1 <= args.context < flags.window:
-        raise UserError(f"--context {args.context}: from 1 to {flags.window - 1}, fewer rows than the run's --window")
+    if args.context >= flags.window:
+        raise UserError(f"--context {args.context}: must be less than the run's --window {flags.window}")
     out = Path(args.out or Path(args.run) / "inspect")
     out.mkdir(parents=True, exist_ok=True)
     count = max(args.batch, args.windows)

@@ -283,6 +283,7 @@ def pool_seconds(task: str, args: Args) -> float:
 
 
 def main(args: Args) -> None:
+    common.check_ranges(args)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.windows is None:

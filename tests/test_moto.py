@@ -11,20 +11,9 @@ import offline_dv2 as dv2
 import pytest
 import scipy.stats
 import torch
-from conftest import FourSteps, FourStepsPool, run_main, write_set
-from worlds import (
-    CLASSES,
-    SMALL,
-    copies,
-    make_agent,
-    make_batch,
-    moved,
-    noise_set,
-    observed,
-    rows_of,
-    without_draws,
-    words_of,
-)
+import worlds
+from conftest import FourSteps, FourStepsPool, write_set
+from worlds import copies, make_agent, make_args, make_batch, moved, noise_set, observed, rows_of, without_draws
 
 import common
 from common import UserError
@@ -193,8 +182,7 @@ def test_the_model_learns_as_offline_dv2s():
 
 
 def online_buffer(path, rows=0, **flags) -> moto.OnlineBuffer:
-    args = moto.Args(**(SMALL | CLASSES["moto"] | {"window": 2} | flags))
-    return moto.OnlineBuffer(common.Dataset(path), args, rows)
+    return moto.OnlineBuffer(common.Dataset(path), make_args("moto", **({"window": 2} | flags)), rows)
 
 
 def episode_of(rewards: list[float], value=0, terminal=False) -> tuple:
@@ -260,6 +248,7 @@ def assert_buffer_is(buffer, episodes: list[tuple]) -> None:
             if t + length <= len(images):
                 windows[first + t] += (True,)  # a window begins here
     starts = [row for row, values in windows.items() if len(values) == 6]
+    assert buffer.is_first.nonzero().flatten().tolist() == [row for row, values in windows.items() if values[4]]
     assert {row.item() for _ in range(60) for row in buffer.sample().row[:, 0]} == set(starts)
     for start in starts:
         batch = buffer.gather(torch.arange(start, start + length)[None])
@@ -366,22 +355,11 @@ def test_playing_is_filtering(monkeypatch, tmp_path):
         moto.play(agent, pool, agent.args, [7])
 
 
-STEPS = {"offline_steps": 3, "online_episodes": 3, "updates_per_episode": 2, "bc_filter": "all", "target_every": 2}
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """runs(tag, **flags): the outcome of a run and its folder; in an environment of four steps."""
+    """runs(tag, **flags): see worlds.train."""
     folder = tmp_path_factory.mktemp("runs")
-    path = noise_set(folder / "noise", [[0.5] * 12, [1.5] * 9], task="walker-walk")
-
-    def run(tag, crash=None, **flags):
-        words = words_of("moto", **(STEPS | {"tag": tag, "eval_every": 3, "eval_episodes": 1} | flags))
-        words += ["--dataset", path, "--runs-dir", folder]
-        outcome = run_main(moto, words, crash=crash, pool=FourStepsPool)
-        return outcome, folder / "moto" / "walker-walk" / "noise" / f"{tag}-seed0"
-
-    return run
+    return lambda tag, **flags: worlds.train("moto", folder, tag, **flags)
 
 
 @pytest.fixture(scope="module")
@@ -394,9 +372,8 @@ def whole(runs):
 def test_own_episodes_are_what_the_environment_gives(whole):
     """Played again, the actions of the run's own episodes lead to their images and rewards, row for row."""
     env = FourSteps(64, 1)
-    image, action, reward, discount = (
-        np.load(whole / "online" / f"{n}.npy") for n in ("image", "action", "reward", "discount")
-    )
+    names = "image", "action", "reward", "discount"
+    image, action, reward, discount = (np.load(whole / "online" / f"{name}.npy") for name in names)
     assert image.shape == (15, 3, 64, 64) and (discount == 1).all()
     for number, first in enumerate((0, 5, 10)):
         np.testing.assert_array_equal(env.reset(moto.ONLINE_SEED + number)[0], image[first])
@@ -409,22 +386,14 @@ def test_own_episodes_are_what_the_environment_gives(whole):
 
 
 def test_a_run_of_both_phases_tells_its_episodes(whole):
-    steps = {part: [row["step"] for row in rows_of(whole, part)] for part in ("offline", "online", "eval")}
-    assert steps == {"offline": [1, 2, 3], "online": [4, 5, 6, 7, 8, 9], "eval": [3, 6, 9]}
+    steps = {part: [row["step"] for row in rows_of(whole, part)] for part in ("model", "offline", "online", "eval")}
+    assert steps == {"model": [1], "offline": [2, 3], "online": [4, 5, 6, 7, 8, 9], "eval": [3, 6, 9]}
     assert [(row["episodes"], row["env_steps"]) for row in rows_of(whole, "eval")] == [(0, 0), (2, 16), (3, 24)]
     found = rows_of(whole, "episodes")
     assert [(row["step"], row["episodes"], row["env_steps"]) for row in found] == [(4, 1, 8), (6, 2, 16), (8, 3, 24)]
     returns = np.load(whole / "online" / "reward.npy").reshape(3, 5).sum(1)
     assert [row["return_0"] for row in found] == pytest.approx(returns.tolist(), rel=1e-5)
     assert [row["score"] for row in found] == pytest.approx((returns / 10).tolist(), rel=1e-5)
-
-
-def test_the_model_alone_first(runs):
-    outcome, path = runs("first", offline_steps=4, model_first=2, online_episodes=1, updates_per_episode=1)
-    assert outcome is None
-    found = {part: [row["step"] for row in rows_of(path, part)] for part in ("model", "offline", "online")}
-    assert found == {"model": [1, 2], "offline": [3, 4], "online": [5]}
-    assert rows_of(path, "model")[0].keys() < rows_of(path, "offline")[0].keys()
 
 
 def test_beginning_online_from_another_run(runs, whole, monkeypatch):
@@ -438,7 +407,7 @@ def test_beginning_online_from_another_run(runs, whole, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(moto.Agent, "update", update)
         outcome, path = runs("on", offline_from=whole)
-    assert outcome is None and counts[0] == [3, 3, 3]  # the optimisers come along
+    assert outcome is None and counts[0] == [3, 2, 2]  # the optimisers come along
     assert not (path / "offline.csv").exists() and len(rows_of(path, "online")) == 6
     first, theirs = rows_of(path, "eval")[0], rows_of(whole, "eval")[0]
     assert first.pop("step") == 0 and theirs.pop("step") == 3 and first == theirs  # it is the same agent
@@ -460,8 +429,8 @@ def test_manipulation(tmp_path, task, actions):
     """Noise that claims to be of these tasks; their own simulators, one episode online."""
     pytest.importorskip("metaworld")
     path = write_set(tmp_path / "mine", lengths=(9, 8), size=64, action_dim=actions, task=task)
-    words = words_of("moto", **(STEPS | {"online_episodes": 1, "eval_every": 9, "eval_episodes": 1}))
-    assert run_main(moto, [*words, "--dataset", path, "--runs-dir", tmp_path]) is None
-    run = tmp_path / "moto" / task / "mine" / "seed0"
+    error, _ = worlds.train("moto", tmp_path, "a", dataset=path, online_episodes=1, pool=common.EnvPool)
+    assert error is None
+    run = tmp_path / "moto" / task / "mine" / "a-seed0"
     (episode,), (evaluation, *_) = rows_of(run, "episodes"), rows_of(run, "eval")
     assert episode["success"] in (0, 100) and evaluation["success"] in (0, 100) and episode["env_steps"] > 50

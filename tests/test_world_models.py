@@ -6,33 +6,17 @@ settings, first weights, draws, what an update moves, precision, acting, evaluat
 import json
 import math
 import shutil
-import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
+import worlds
 from conftest import ROOT, FourStepsPool, run_main, write_set
 from torch import nn
-from worlds import (
-    EACH,
-    FILES,
-    PHASES,
-    SMALL,
-    TWO_PHASES,
-    copies,
-    count,
-    make_agent,
-    make_batch,
-    moved,
-    noise_set,
-    observed,
-    rows_of,
-    update,
-    weights_of,
-    without_draws,
-    words_of,
-)
+from worlds import EACH, FILES, PHASES, TWO_PHASES, make_agent, make_batch
 
 import common
 from common import UserError
@@ -63,7 +47,7 @@ def test_sizes_and_defaults_are_the_papers(algo):
     args = FILES[algo].Args(device="cpu", precision="fp32")
     assert {name: getattr(args, name) for name in DEFAULTS[algo]} == DEFAULTS[algo]
     agent = FILES[algo].Agent(args, 6)
-    assert {name: count(agent.get_submodule(name)) for name in PARAMETERS[algo]} == PARAMETERS[algo]
+    assert {name: worlds.count(agent.get_submodule(name)) for name in PARAMETERS[algo]} == PARAMETERS[algo]
 
 
 DRAWER = {"offline_steps": 1_000, "online_episodes": 1_000, "steps": 21_000, "bc_filter": "success",
@@ -77,10 +61,8 @@ SETTINGS = [
     ("offline_dv2", "cheetah-run", "random", {"penalty_coef": 3.0}),
     ("offline_dv2", "cheetah-run", "expert", {"penalty_coef": 10.0}),
     ("offline_dv2", "walker-walk", "mixed", {"penalty_coef": 8.0}),
-    ("offline_dv2", "hopper-hop", "mixed", {"penalty_coef": 10.0}),
     ("lompo", "walker-walk", "random", {"penalty_coef": 1.0}),
     ("lompo", "walker-walk", "medexp", {"penalty_coef": 5.0}),
-    ("lompo", "hopper-hop", "random", {"penalty_coef": 5.0}),
     ("moto", "metaworld-drawer-open", "demos", DRAWER),
     ("moto", "kitchen-mixed", "mixed", KITCHEN),
     ("moto", "kitchen-partial", "partial", KITCHEN | {"bc_success_reward": 3.0}),
@@ -96,15 +78,14 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("command, task, dataset, expected", SETTINGS)
-def test_settings_of_tasks_and_sets(command, task, dataset, expected, monkeypatch):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # parse_args replaces it
+def test_settings_of_tasks_and_sets(command, task, dataset, expected):
     algo, *words = command.split()
     file = FILES[algo]
     args = common.typed_args(file.Args, file.TUNED, file.QUICK, [*words, "--task", task, "--dataset", dataset])
     assert {name: getattr(args, name) for name in expected} == expected
 
 
-@pytest.mark.parametrize("algo, expected", [("offline_dv2", (168, 504)), ("lompo", (5, 32)), ("moto", (21, 0))])
+@pytest.mark.parametrize("algo, expected", [("offline_dv2", (480, 1440)), ("lompo", (15, 90)), ("moto", (60, 0))])
 def test_steps_left_out_scale_with_the_set(algo, expected, tmp_path, monkeypatch):
     """800 and 2,400 epochs of rows drawn; 25,000 and 150,000 for 100,000 transitions; one per transition."""
     file, found = FILES[algo], []
@@ -114,7 +95,7 @@ def test_steps_left_out_scale_with_the_set(algo, expected, tmp_path, monkeypatch
         found.extend(getattr(args, name) for name in names)
         raise UserError("enough")
 
-    path = noise_set(tmp_path / "set", [[0.0] * 12, [0.0] * 9])  # 21 transitions; epochs of 21 / (2 x 50) updates
+    path = worlds.noise_set(tmp_path / "set", [[0.0] * 60])  # epochs of 60 / (2 x 50) updates
     monkeypatch.setattr(common, "Run", begun)
     words = ["--dataset", path, "--batch-size", 2, "--window", 50]
     assert "enough" in str(run_main(file, words))
@@ -166,6 +147,25 @@ def test_samples_are_one_hot_and_as_frequent_as_their_probabilities():
     torch.testing.assert_close(gradient, expected(many.detach()))  # straight-through: that of the probabilities
 
 
+@pytest.mark.parametrize("loc, scale", [(0.0, 1.1), (0.5, 1.1), (-0.95, 0.1), (0.3, 2.1)])
+def test_draws_of_the_truncated_normal(loc, scale):
+    torch.manual_seed(0)
+    parts = [torch.full((20_000, 1), value, requires_grad=True) for value in (loc, scale)]
+    expected = scipy.stats.truncnorm((-1 - loc) / scale, (1 - loc) / scale, loc, scale)
+    action = FILES["offline_dv2"].TruncatedNormal(*parts).sample()
+    assert action.abs().max() < 1 and scipy.stats.kstest(action.detach()[:, 0], expected.cdf).pvalue > 1e-4
+    to_loc, to_scale = torch.autograd.grad(action.sum(), parts)  # as if the standardised draw were given
+    assert (to_loc == 1).all()
+    torch.testing.assert_close(to_scale, (action.detach() - loc) / scale, rtol=0, atol=1e-3)
+
+
+def test_where_members_agree_the_penaltys_gradient_is_no_nan():
+    logits = torch.randn(6, 4, 3).expand(5, -1, -1, -1).clone().requires_grad_()
+    value = FILES["offline_dv2"].Disagreement.apply(logits)
+    value.sum().backward()
+    assert value.abs().max() < 1e-6 and logits.grad.abs().max() < 1e-3
+
+
 def test_states_of_normals_have_noise_of_their_own():
     drawn = make_agent("lompo").model.rssm.sample(FILES["lompo"].Normal(torch.ones(20_000, 4), torch.full((1, 4), 2.0)))
     assert (drawn.mean(0) - 1).abs().max() < 0.06 and (drawn.std(0) - 2).abs().max() < 0.06
@@ -192,12 +192,12 @@ MOVED = {("offline_dv2", "agent"): {"actor", "critic"}, ("lompo", "agent"): {"ac
 def test_what_an_update_moves(algo, phase, flags):
     """In a two-phase file the model is frozen in the second phase."""
     agent = make_agent(algo, **flags)
-    before = copies(agent)
-    metrics = update(algo, phase, agent)
-    assert moved(agent, before) == MOVED.get((algo, phase), {"model"})
+    before = worlds.copies(agent)
+    metrics = worlds.update(algo, phase, agent)
+    assert worlds.moved(agent, before) == MOVED.get((algo, phase), {"model"})
     assert all(torch.isfinite(value) for value in metrics.values())
-    assert {f"{part}/grad_norm" for part in moved(agent, before) - {"critic_target"}} <= metrics.keys()
-    if "critic_target" in moved(agent, before):  # one Polyak step
+    assert {f"{part}/grad_norm" for part in worlds.moved(agent, before) - {"critic_target"}} <= metrics.keys()
+    if "critic_target" in worlds.moved(agent, before):  # one Polyak step
         for target, critic in zip(agent.critic_target.parameters(), agent.critic.named_parameters()):
             old = before[f"critic.{critic[0]}"]
             torch.testing.assert_close(target, old + agent.args.tau * (critic[1] - old))
@@ -210,14 +210,14 @@ def test_the_optimisers_step(algo, lr):
     eps, decay = (1e-7, 0) if algo == "lompo" else (1e-5, 1e-6)
     for scale in (0.0, 1e-5, 1e4):
         agent = make_agent(algo, actor_lr=lr)
-        before, params = copies(agent), [*agent.actor.parameters()]
+        before, params = worlds.copies(agent), [*agent.actor.parameters()]
         norm = agent.minimize("actor", scale * sum(parameter.sum() for parameter in params))
         gradient = min(scale, 100 * scale / norm)  # equal in all
-        assert norm.item() == pytest.approx(scale * math.sqrt(count(agent.actor)))
+        assert norm.item() == pytest.approx(scale * math.sqrt(worlds.count(agent.actor)))
         for name, parameter in agent.actor.named_parameters():
             expected = before[f"actor.{name}"] * (1 - decay) - lr * gradient / (gradient + eps)
             torch.testing.assert_close(parameter, expected, rtol=1e-7, atol=1e-7 * (1 + lr * 100))
-        assert moved(agent, before) <= {"actor"}
+        assert worlds.moved(agent, before) <= {"actor"}
 
 
 def gradients(algo, phase, agent, monkeypatch) -> dict[str, torch.Tensor]:
@@ -232,7 +232,7 @@ def gradients(algo, phase, agent, monkeypatch) -> dict[str, torch.Tensor]:
         return loss.detach()
 
     monkeypatch.setattr(agent, "minimize", record)
-    metrics = update(algo, phase, agent)
+    metrics = worlds.update(algo, phase, agent)
     assert all(value.dtype == torch.float32 for value in metrics.values())
     return {key: torch.cat(parts) for key, parts in found.items()}
 
@@ -243,7 +243,7 @@ def test_gradients_in_bf16_are_near_those_in_fp32(algo, phase, monkeypatch):
     found = []
     for precision in ("fp32", "bf16"):
         agent = make_agent(algo, precision=precision, deter=32, hidden=32, units=32)
-        without_draws(monkeypatch, algo, agent)
+        worlds.without_draws(monkeypatch, algo, agent)
         found.append(gradients(algo, phase, agent, monkeypatch))
     for part, exact in found[0].items():
         assert exact.norm() > 0 and 0 < (exact - found[1][part]).norm() < 0.1 * exact.norm(), part
@@ -255,12 +255,12 @@ def test_gradients_in_bf16_are_near_those_in_fp32(algo, phase, monkeypatch):
 def test_compiled_losses_equal_eager_ones(algo, phase, monkeypatch):
     found = []
     for accelerate in ("eager", "compile"):
-        agent = make_agent(algo, accelerate=accelerate)
-        without_draws(monkeypatch, algo, agent)
+        agent = make_agent(algo, accelerate=accelerate, window=3, horizon=2)
+        worlds.without_draws(monkeypatch, algo, agent)
         common.accelerate(agent, agent.args)
-        found.append([{name: value.item() for name, value in update(algo, phase, agent).items()} for _ in range(3)])
-    for eager, compiled in zip(*found):
-        assert compiled == pytest.approx(eager, rel=1e-3, abs=1e-5)
+        metrics = [worlds.update(algo, phase, agent) for _ in range(3)]
+        found.append([value.item() for step in metrics for value in step.values()])
+    assert found[1] == pytest.approx(found[0], rel=1e-3, abs=1e-5)
 
 
 @TWO_PHASES
@@ -285,8 +285,8 @@ def test_the_sets_embeddings_are_those_of_the_batch(algo, tmp_path):
 def test_acting_is_filtering(algo, monkeypatch):
     """act() over an episode gives the states that observe() gives for it, and the actor's own action in them."""
     agent, batch = make_agent(algo), make_batch()
-    without_draws(monkeypatch, algo, agent)
-    states, state = observed(agent, batch), None
+    worlds.without_draws(monkeypatch, algo, agent)
+    states, state = worlds.observed(agent, batch), None
     for t in range(5):
         action, state = agent.act(batch.image[:, t], batch.action[:, t], state)
         torch.testing.assert_close(state.feat, states.feat[:, t])
@@ -301,7 +301,7 @@ def test_what_was_before_a_first_row_and_its_action_do_not_count(algo):
     batch.is_first[1, 3] = True
     embed, other = agent.model.embed(batch.image), batch.action.clone()
     other[:, 0], other[1, 3] = 1.0, -1.0
-    before, found = observed(agent, batch), []
+    before, found = worlds.observed(agent, batch), []
     before = type(before)(*(part[:, 4] for part in before))
     for action, is_first in ((batch.action, batch.is_first), (other, batch.is_first), (other, 0 * batch.is_first)):
         torch.manual_seed(1)
@@ -326,63 +326,40 @@ def test_evaluation_draws_from_its_own_generator(algo):
 
 # ---- runs ----
 
-STEPS = {"offline_dv2": {"model_steps": 4, "agent_steps": 4, "target_every": 2},
-         "lompo": {"model_steps": 4, "agent_steps": 4, "rollout_every": 2},
-         "moto": {"offline_steps": 4, "online_episodes": 2, "updates_per_episode": 2, "bc_filter": "all"}}  # fmt: skip
-SET = [[0.5] * 12, [1.5] * 9]
-
-
-@pytest.fixture(scope="module")
-def own_set(tmp_path_factory):
-    return noise_set(tmp_path_factory.mktemp("data") / "noise", SET, task="walker-walk")
-
-
-@pytest.fixture
-def train(own_set, tmp_path):
-    """train(algo, *words, flag=value) is the file's command line, here, in an environment of four steps."""
-
-    def call(algo, *words, crash=None, **flags):
-        more = ["--dataset", own_set, "--runs-dir", tmp_path, "--eval-every", 4, "--eval-episodes", 1]
-        words = [*words_of(algo, **(STEPS[algo] | flags)), *more, *words]
-        return run_main(FILES[algo], words, crash=crash, pool=FourStepsPool)
-
-    call.folder = lambda algo, name="seed0": tmp_path / algo / "walker-walk" / "noise" / name
-    return call
-
 
 @TWO_PHASES
-def test_the_second_phase_may_start_from_another_runs_model(algo, train):
-    assert train(algo, tag="donor", agent_steps=0) is None
-    donor = train.folder(algo, "donor-seed0")
-    assert train(algo, tag="two", model_from=donor, penalty_coef=1) is None
-    run = train.folder(algo, "two-seed0")
-    ours, theirs = weights_of(run), weights_of(donor)
+def test_the_second_phase_may_start_from_another_runs_model(algo, tmp_path):
+    train = partial(worlds.train, algo, tmp_path)
+    error, donor = train("donor", agent_steps=0)
+    assert error is None
+    error, run = train("two", model_from=donor, penalty_coef=1)
+    assert error is None
+    ours, theirs = worlds.weights_of(run), worlds.weights_of(donor)
     names = [name for name in theirs if name.startswith("model.")]
     assert len(names) > 20 and all(torch.equal(ours[name], theirs[name]) for name in names)
-    assert not (run / "model.csv").exists() and len(rows_of(run, "agent")) == 4
-    assert isinstance(train(algo, tag="again", model_from=donor, crash=3), KeyboardInterrupt)
-    assert train(algo, tag="again", model_from=donor) is None
+    assert not (run / "model.csv").exists() and len(worlds.rows_of(run, "agent")) == 4
+    assert isinstance(train("again", model_from=donor, crash=3)[0], KeyboardInterrupt)
+    assert train("again", model_from=donor)[0] is None
     with pytest.raises(RuntimeError, match="size mismatch for rssm"):
-        train(algo, tag="wide", model_from=donor, deter=9)
-    assert isinstance(train(algo, tag="half", crash=3), KeyboardInterrupt)
-    for unfinished in (train.folder(algo, "half-seed0"), train.folder(algo, "none-seed0")):
-        error = train(algo, tag="three", model_from=unfinished)
+        train("wide", model_from=donor, deter=9)
+    for unfinished in (train("half", crash=3)[1], tmp_path / "none"):
+        error, _ = train("three", model_from=unfinished)
         assert isinstance(error, UserError) and f"{unfinished}/weights.pt is missing" in str(error)
 
 
-@pytest.mark.parametrize("algo, flag", [("offline_dv2", "agent_steps"), ("moto", "offline_steps")])
-def test_the_target_is_a_copy_every_so_often(algo, flag, train):
-    for steps, copied in ((4, True), (5, False)):  # of agent updates in the one, of all in the other: here the same
-        flags = {flag: steps} | ({"online_episodes": 0} if algo == "moto" else {})
-        assert train(algo, tag=f"{steps}", target_every=2, **flags) is None
-        found = weights_of(train.folder(algo, f"{steps}-seed0"))
-        critics = {name: value for name, value in found.items() if name.startswith("critic.")}
-        assert all(torch.equal(v, found[n.replace("critic", "critic_target")]) for n, v in critics.items()) == copied
+@pytest.mark.parametrize("algo, flags", [("offline_dv2", {}), ("moto", {"model_first": 0, "online_episodes": 0})])
+def test_the_target_is_a_copy_every_so_often(algo, flags, tmp_path):
+    for steps, copied in ((4, True), (5, False)):
+        phase = {"offline_dv2": "agent_steps", "moto": "offline_steps"}[algo]
+        error, run = worlds.train(algo, tmp_path, f"{steps}", target_every=2, **(flags | {phase: steps}))
+        found = worlds.weights_of(run)
+        pairs = [(found[n.replace("_target", "")], v) for n, v in found.items() if n.startswith("critic_target")]
+        assert error is None and all(torch.equal(*pair) for pair in pairs) == copied
 
 
 @EACH
-def test_images_must_be_of_the_decoders_size(algo, train, tmp_path):
-    error = train(algo, "--dataset", write_set(tmp_path / "small", lengths=(9,), size=21))
+def test_images_must_be_of_the_decoders_size(algo, tmp_path):
+    error, _ = worlds.train(algo, tmp_path, "", dataset=write_set(tmp_path / "small", lengths=(9,), size=21))
     assert isinstance(error, UserError) and "has images of 21 px; the decoder gives 64" in str(error)
 
 
@@ -399,11 +376,16 @@ def tool(monkeypatch):
 
 
 @EACH
-def test_films_and_errors_of_a_run(algo, train, tool, own_set, tmp_path, capsys):
-    assert train(algo) is None
-    run, out = train.folder(algo), tmp_path / "films"
+def test_films_and_errors_of_a_run(algo, tool, tmp_path, capsys):
+    error, run = worlds.train(algo, tmp_path, "a", crash=6)
+    assert isinstance(error, KeyboardInterrupt)
+    agent, *_ = tool.load_agent(tool.Args(str(run)))  # of one that is under way: its checkpoint
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)["objects"]["agent"]
+    assert all(torch.equal(value, saved[name]) for name, value in agent.named_parameters())
+    assert worlds.train(algo, tmp_path, "a")[0] is None
+    out = tmp_path / "films"
     tool.main(tool.Args(str(run), out=str(out), batch=4, windows=2, context=2, episodes=1, horizon=3))
-    report, last = json.loads((out / "report.json").read_text()), rows_of(run, "eval")[-1]
+    report, last = json.loads((out / "report.json").read_text()), worlds.rows_of(run, "eval")[-1]
     assert report["trained_on"] is True and "which the model was trained on" in capsys.readouterr().out
     for part in ("filtered", "open_loop"):
         assert report["errors"][part].keys() == {"image_rmse_255", "reward_rmse", "reward_r2"}
@@ -423,20 +405,11 @@ def test_films_and_errors_of_a_run(algo, train, tool, own_set, tmp_path, capsys)
         ({"run": f"{tmp_path}/nothing"}, "nothing/config.json is missing"),
         ({"run": f"{changed}"}, f"algos/{algo}.py has changed"),
         ({"dataset": f"{write_set(tmp_path / 'small', size=21)}"}, "21 px"),
-        ({"context": 5}, "--context 5: from 1 to 4"),
-        ({"context": 0}, "--context 0: from 1 to 4"),
+        ({"context": 5}, "--context 5: must be less than the run's --window 5"),
+        ({"context": 0}, "--context 0: from 1 to"),
     ):
         with pytest.raises(UserError, match=message):
             tool.main(tool.Args(**({"run": str(run), "episodes": 0} | flags)))
-
-
-@EACH
-def test_a_run_under_way_can_be_inspected(algo, train, tool):
-    assert isinstance(train(algo, crash=6), KeyboardInterrupt)
-    run = train.folder(algo)
-    agent, *_ = tool.load_agent(tool.Args(str(run)))
-    saved = torch.load(run / "checkpoint.pt", weights_only=True)["objects"]["agent"]
-    assert all(torch.equal(value, saved[name]) for name, value in agent.named_parameters())
 
 
 @EACH
@@ -451,7 +424,7 @@ def test_the_open_loop_sees_the_first_images_and_all_actions(algo, tool):
     torch.manual_seed(0)
     seen = tool.filtered(agent, common.Sequences(*(part[:, :context] for part in batch))).deter
     usual = rolled(batch)
-    assert usual.shape == (2, 7, SMALL["deter"]) and torch.equal(usual[:, :context], seen)
+    assert usual.shape == (2, 7, 8) and torch.equal(usual[:, :context], seen)
     later, earlier, action = batch.image.clone(), batch.image.clone(), batch.action.clone()
     later[:, context:], earlier[:, context - 1], action[:, 5] = 0, 0, 0
     assert torch.equal(rolled(batch._replace(image=later)), usual)

@@ -8,6 +8,7 @@ import numpy as np
 import offline_dv2
 import pytest
 import torch
+from conftest import DatasetWriter, FourStepsPool, run_main, synthetic_episode
 from torch import Tensor, nn
 
 import common
@@ -19,19 +20,17 @@ PHASES = [("offline_dv2", "model"), ("offline_dv2", "agent"), ("lompo", "model")
           ("moto", "model"), ("moto", "all")]  # fmt: skip
 SMALL = {"cnn_depth": 2, "stoch": 4, "deter": 8, "hidden": 10, "units": 12, "ensemble": 3, "batch_size": 2, "window": 5}
 SMALL |= {"horizon": 3, "device": "cpu", "precision": "fp32", "accelerate": "eager"}
-CLASSES = {"offline_dv2": {"classes": 3}, "lompo": {"agent_batch_size": 8}, "moto": {"classes": 3}}  # of one file alone
+OF_ONE = {"offline_dv2": {"classes": 3}, "lompo": {"agent_batch_size": 8}, "moto": {"classes": 3}}
 ACTION_DIM = 2
+
+
+def make_args(algo: str, **flags):
+    return FILES[algo].Args(**(SMALL | OF_ONE[algo] | flags))
 
 
 def make_agent(algo: str, **flags):
     torch.manual_seed(0)
-    return FILES[algo].Agent(FILES[algo].Args(**(SMALL | CLASSES[algo] | flags)), ACTION_DIM)
-
-
-def words_of(algo: str, **flags) -> list[str]:
-    """Flags of the command line that give the same agent."""
-    flags = SMALL | CLASSES[algo] | {"log_every": 1} | flags
-    return [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    return FILES[algo].Agent(make_args(algo, **flags), ACTION_DIM)
 
 
 def uniform(name: int, *shape: int) -> Tensor:
@@ -58,14 +57,14 @@ def make_transitions(agent, count=8) -> lompo.Transitions:
 
 def update(algo: str, phase: str, agent) -> dict:
     """One gradient step on noise, always the same. Returns the metrics."""
-    batch = make_batch()
+    batch = make_batch(rows=agent.args.window)
     if algo == "moto":
-        return agent.update(batch, None if phase == "model" else torch.tensor([[1.0] * 5, [0.0] * 5]))
+        return agent.update(batch, None if phase == "model" else uniform(6, 2, agent.args.window).round())
     if phase == "model":
         return agent.update_model(batch)
     if algo == "lompo":
         return agent.update_agent(make_transitions(agent))
-    return agent.update_agent(batch, uniform(5, 2, 5, agent.model.encoder.embed_dim))
+    return agent.update_agent(batch, uniform(5, *batch.reward.shape, agent.model.encoder.embed_dim))
 
 
 def without_draws(monkeypatch, algo: str, agent) -> None:
@@ -112,8 +111,6 @@ def rows_of(run, part: str) -> list[dict[str, float]]:
 
 def noise_set(path, rewards: list[list[float]], task="own"):
     """A set of 64 px: an episode for each list of rewards."""
-    from conftest import DatasetWriter, synthetic_episode
-
     rng, row = np.random.default_rng(0), 0
     with DatasetWriter(path, 64, ACTION_DIM, task=task) as writer:
         for episode in rewards:
@@ -121,3 +118,20 @@ def noise_set(path, rewards: list[list[float]], task="own"):
             writer.add(frames, actions, np.array(episode))
             row += len(episode) + 1
     return path
+
+
+STEPS = {"offline_dv2": {"model_steps": 4, "agent_steps": 4, "target_every": 2, "eval_every": 4},
+         "lompo": {"model_steps": 4, "agent_steps": 4, "rollout_every": 2, "eval_every": 4},
+         "moto": {"model_first": 1, "offline_steps": 3, "online_episodes": 3, "updates_per_episode": 2,
+                  "bc_filter": "all", "eval_every": 3}}  # fmt: skip
+
+
+def train(algo: str, folder, tag: str, crash=None, pool=FourStepsPool, **flags):
+    """The file's command line, here, in an environment of four steps. Returns what ended it (None: its end), and the
+    run's folder."""
+    if not (folder / "noise").exists():
+        noise_set(folder / "noise", [[0.5] * 12, [1.5] * 9], task="walker-walk")
+    own = {"dataset": folder / "noise", "runs_dir": folder, "tag": tag, "log_every": 1, "eval_episodes": 1}
+    flags = SMALL | OF_ONE[algo] | STEPS[algo] | own | flags
+    words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", value)]
+    return run_main(FILES[algo], words, crash=crash, pool=pool), folder / algo / "walker-walk/noise" / f"{tag}-seed0"
