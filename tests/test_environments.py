@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from conftest import ENVIRONMENT, ROOT, run_python
 
-import common
 from common import Env, EnvPool, UserError, make_env
 
 

@@ -22,7 +22,6 @@ import torch
 from conftest import ENVIRONMENT, ROOT, FourSteps, FourStepsPool, run_main, run_python, write_set
 
 import common
-from common import UserError
 
 # Twelve updates each; of moto's 16, 5 are of the model alone, 3 offline, and 4 follow each of two episodes.
 FREE = "--feature-dim 4 --hidden-dim 8 --batch-size 4 --steps 12"
