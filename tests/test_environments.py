@@ -240,7 +240,8 @@ def test_workers_leave_signals_to_their_parent():
     """Batch schedulers send SIGTERM to every process of a job: the evaluation that is on ends all the same."""
     with worker_pool("walker-walk", None, 2, workers=2) as pool:
         pool.reset([0, 1])
-        for pid in [multiprocessing.forkserver._forkserver._forkserver_pid, *(process.pid for _, process in pool.workers)]:
+        server = multiprocessing.forkserver._forkserver._forkserver_pid
+        for pid in (server, *(process.pid for _, process in pool.workers)):
             os.kill(pid, signal.SIGTERM)
         time.sleep(0.2)
         assert (pool.step(np.zeros((2, 6)))[1] > 0).all()

@@ -1,4 +1,4 @@
-"""SequenceBuffer against the set itself: which windows there are, how often, what is in them. Also: the GPU's batches."""
+"""SequenceBuffer against the set itself: which windows there are, how often, what is in them; batches of a GPU."""
 
 import json
 
