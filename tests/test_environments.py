@@ -33,12 +33,14 @@ def actions_of(action_dim: int, steps: int, seed: int = 0) -> np.ndarray:
 # In a process of its own and with every environment kept: dm_control's GL contexts and ours do not mix while
 # environments are collected.
 AGAINST_DM_CONTROL = """
+import os
 import numpy as np
 import common
+os.environ["MUJOCO_GL"] = common.gl_backend()
+from dm_control import suite
 keep = []
 for task, size, camera in (("walker-walk", 84, 0), ("cheetah-run", 64, 0), ("quadruped-walk", 64, 2)):
     ours = common.make_env(task, size, frame_stack=1, render="reference")
-    from dm_control import suite
     theirs = suite.load(*task.split("-"), task_kwargs={"random": 3})
     keep += [ours, theirs]
     frames, rng = [ours.reset(3)[0]], np.random.default_rng(0)

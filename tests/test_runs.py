@@ -324,18 +324,18 @@ def test_killed_in_the_middle_of_an_online_episode(first, second, kept, train, w
     assert_same_run(train.folder("moto"), whole("moto"))
 
 
-def writes(patch, number: int, code: int | None = None) -> None:
-    """The number-th file that is opened for writing in a run's folder is the last: killed while it is written, or from
-    there on the disk is full (errno `code`)."""
+def writes(patch, at: int, full: int = 0, name: str = "") -> None:
+    """What happens to the at-th file that is opened for writing in a run's folder (of those whose name begins so): it
+    is killed while it is written; with `full`, an errno, it and all later ones cannot be written."""
     original, count = open, 0
 
     def counted(file, mode="r", *args, **kwargs):
         nonlocal count
-        if set(mode) & set("wax+") and "/runs/" in str(file):
+        if set(mode) & set("wax+") and "/runs/" in str(file) and Path(file).name.startswith(name):
             count += 1
-            if count >= number and code:
-                raise OSError(code, os.strerror(code), str(file))
-            if count == number:
+            if count >= at and full:
+                raise OSError(full, os.strerror(full), str(file))
+            if count == at:
                 with original(file, mode, *args, **kwargs) as half:
                     half.write(b"half" if "b" in mode else "1,2")
                 raise KeyboardInterrupt
@@ -361,20 +361,23 @@ def test_killed_while_any_file_is_written(train, tmp_path, monkeypatch):
     assert number > 3 + 4 + 1 + 2  # begin(), rows, one checkpoint, the end
 
 
-@pytest.mark.parametrize("number, file, kept", [(2, "common.py", None), (8, "train.csv", 4), (12, "checkpoint.pt", 4)])
+@pytest.mark.parametrize(
+    "name, at, kept",
+    [("common.py", 1, None), ("train.csv", 6, 4), ("checkpoint.pt", 2, 4), ("weights.pt", 1, 8), ("finished", 1, 8)],
+)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
-def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(number, file, kept, code, train, whole, monkeypatch, capsys):
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(name, at, kept, code, train, whole, monkeypatch, capsys):
     run = train.folder("bc")
     with monkeypatch.context() as patch:
-        writes(patch, number, code)
+        writes(patch, at, code, name)
         line = line_of(train("bc"), capsys)
-    assert os.strerror(code) in line and str(run / file) in line
+    assert os.strerror(code) in line and str(run / name) in line
     assert (checkpoint_of(run) if (run / "checkpoint.pt").exists() else None) == kept
     assert train("bc") is None
     assert_same_run(run, whole("bc"))
 
 
-@pytest.mark.parametrize("algo", FLAGS)
+@EACH
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_checkpoint_of_that_very_step(number, algo, train, whole, capsys):
     """Between two rows of metrics, too."""
@@ -395,18 +398,18 @@ def test_a_signal_leaves_a_checkpoint_of_that_very_step(number, algo, train, who
     assert equal_weights(run, whole(algo))
 
 
-@pytest.mark.parametrize("left", ["", "9,0.1,", "9,0.1,7\n10,0.1,7\n11,0."])
+@pytest.mark.parametrize("left", ["", "7,0.1,", "7,0.1,7\n8,0.1,7\n9,0."])
 def test_rows_after_the_checkpoint_are_cut(left, train, whole):
-    """Whole ones, half of one, and a file that was begun after it."""
-    train("bc", crash=11)
+    """Whole ones, half of one, a file that was begun after it; and half a checkpoint is no obstacle."""
+    train("bc", crash=7)
     run = train.folder("bc")
-    assert checkpoint_of(run) == 8 and steps_of(run) == list(range(1, 11))
+    assert checkpoint_of(run) == 4 and steps_of(run) == list(range(1, 7))
     with open(run / "train.csv", "a") as file:
         file.write(left)
-    (run / "later.csv").write_text("step,wall_s\n9,0.1\n")
+    (run / "later.csv").write_text("step,wall_s\n7,0.1\n")
     (run / "checkpoint.pt.tmp").write_bytes(b"half")
     train("bc", crash=1)
-    assert steps_of(run) == list(range(1, 9))
+    assert steps_of(run) == list(range(1, 5))
     assert train("bc") is None
     assert_same_run(run, whole("bc"))
 
