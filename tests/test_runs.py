@@ -660,7 +660,7 @@ QUICK = {("*", "*"): {"batch_size": 32, "steps": 100}, ("walker-walk", "*"): {"s
     ],
 )
 def test_tuned_and_quick_values_are_merged_and_typed_flags_win(line, lr, batch_size, steps):
-    args = common.parse_args(MODULES["cql"].Args, TUNED, QUICK, line.split())
+    args = common.typed_args(MODULES["cql"].Args, TUNED, QUICK, line.split())
     assert (args.lr, args.batch_size, args.steps) == (lr, batch_size, steps)
     assert args.nstep == (2 if args.task.startswith("walker") else 3)
     assert (args.typed["lr"], args.typed["steps"], args.typed["device"]) == (lr, steps, "auto")
@@ -677,7 +677,7 @@ def test_tuned_and_quick_values_are_merged_and_typed_flags_win(line, lr, batch_s
 )
 def test_quick_cuts_sets_that_are_made_here(line, transitions):
     module = MODULES["bc"]
-    args = common.parse_args(module.Args, module.TUNED, module.QUICK, ["--quick", *line.split()])
+    args = common.typed_args(module.Args, module.TUNED, module.QUICK, ["--quick", *line.split()])
     assert args.transitions == transitions
 
 
