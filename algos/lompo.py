@@ -279,7 +279,7 @@ class RSSM(nn.Module):
         is_first[t] makes s[t-1] and action[t] zero: what was before is unknown."""
         state = state or self.initial(len(embed))
         keep = 1 - is_first[..., None].float()
-        action = action * keep
+        action = action * keep  # DIFF 2
         from_deter, from_embed = self.post_in.weight.split([self.args.deter, embed.shape[-1]], 1)
         embedded = F.linear(embed, from_embed, self.post_in.bias)  # the image's half of the layer, for all rows at once
         states, posts = [], []

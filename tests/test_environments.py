@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT, ROOT, run_python
+from conftest import ENVIRONMENT, ROOT, FourStepsPool, run_python
 
 from common import Env, EnvPool, UserError, make_env
 
@@ -33,12 +33,14 @@ def actions_of(action_dim: int, steps: int, seed: int = 0) -> np.ndarray:
 # In a process of its own and with every environment kept: dm_control's GL contexts and ours do not mix while
 # environments are collected.
 AGAINST_DM_CONTROL = """
+import os
 import numpy as np
 import common
+os.environ["MUJOCO_GL"] = common.gl_backend()
+from dm_control import suite
 keep = []
 for task, size, camera in (("walker-walk", 84, 0), ("cheetah-run", 64, 0), ("quadruped-walk", 64, 2)):
     ours = common.make_env(task, size, frame_stack=1, render="reference")
-    from dm_control import suite
     theirs = suite.load(*task.split("-"), task_kwargs={"random": 3})
     keep += [ours, theirs]
     frames, rng = [ours.reset(3)[0]], np.random.default_rng(0)
@@ -194,24 +196,19 @@ def test_pool_equals_one_environment_with_any_number_of_workers():
 
 
 def test_finished_episodes_get_no_reward_and_keep_their_obs():
-    with worker_pool("walker-walk", None, 2, workers=2) as pool:
-        pool.reset([0, 1])
-        pool.call(Env.step, [(np.zeros(6),), None])  # the first environment is one step ahead
-        actions = actions_of(12, 501).reshape(501, 2, 6)
-        for t in range(498):
-            pool.step(actions[t])
-        assert pool.done.tolist() == [False, False]
-        last, reward, _ = pool.step(actions[498])
-        assert pool.done.tolist() == [True, False] and (reward > 0).all()
-        obs, reward, terminal = pool.step(actions[499])
-        assert pool.done.tolist() == [True, True] and not terminal.any()
-        assert reward[0] == 0 and reward[1] > 0
-        assert np.array_equal(obs[0], last[0]) and not np.array_equal(obs[1], last[1])
-        final, reward, _ = pool.step(actions[500])
-        assert reward.tolist() == [0, 0] and np.array_equal(final, obs)
-        assert pool.summary(np.array([70.0, 30.0])) == {"score": 5.0, "return": [70.0, 30.0]}  # a tenth of the return
-        pool.reset([0, 1])
-        assert pool.done.tolist() == [False, False]
+    pool = FourStepsPool("", 8, 2)
+    pool.reset([0, 1])
+    pool.call(Env.step, [(np.zeros(2),), None])  # the first environment is one step ahead
+    found = [pool.step(np.array([[0.5, t == 2], [0.25, t == 4]])) for t in range(5)]
+    assert [reward.tolist() for _, reward, _ in found] == [[1.5, 1.25]] * 3 + [[0, 1.25], [0, 0]]
+    assert not any(terminal.any() for _, _, terminal in found) and pool.done.all()
+    obs = np.stack([obs for obs, _, _ in found])
+    moved = (obs[1:] != obs[:-1]).any((2, 3, 4))  # (4, 2)
+    assert moved.tolist() == [[True, True]] * 2 + [[False, True], [False, False]]
+    assert pool.success.tolist() == [True, False]  # solved at some step, while the episode lasted
+    assert pool.summary(np.array([70.0, 30.0])) == {"score": 5.0, "return": [70.0, 30.0]}  # a tenth of the return
+    pool.reset([0, 1])
+    assert not pool.done.any() and not pool.success.any()
 
 
 def test_a_workers_exception_is_raised_here_with_its_traceback():
