@@ -86,7 +86,7 @@ def test_what_slurm_is_asked_for(scheduler, monkeypatch, capsys, tmp_path):
 
 def test_a_job_queues_again_before_its_time_limit(scheduler, tmp_path):
     """What runs is asked to stop, what comes after it does not begin; a task of an array runs one line alone."""
-    asked = "touch asked; sleep 0.5; exit 143"  # to write a checkpoint takes a while
+    asked = "trap : TERM; touch asked; sleep 0.5; exit 143"  # to write a checkpoint takes a while
     slow = f"bash -c 'trap \"{asked}\" TERM; touch begun; while :; do sleep 0.05; done'"
     for variables, job in (({}, "31"), ({"SLURM_ARRAY_TASK_ID": "2", "SLURM_ARRAY_JOB_ID": "29"}, "29_2")):
         environment = os.environ | {"SLURM_JOB_ID": "31"} | variables
