@@ -30,20 +30,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside, or one above
-from common import (  # noqa: E402
-    EVAL_SEED,
-    Batch,
-    EnvPool,
-    TransitionBuffer,
-    UserError,
-    accelerate,
-    evaluation_pool,
-    load_run,
-    open_dataset,
-    parse_args,
-    save_video,
-    start_run,
-)
+import common  # noqa: E402
+from common import Batch, Count, EnvPool, Rate, Share, UserError, Weight, Whole  # noqa: E402
 
 Metrics = dict[str, Tensor]
 
@@ -54,41 +42,42 @@ class Args:
     dataset: str = "medexp"  # random, mixed, medium, medexp, expert, or the path of a set you made
     source: Literal["made", "vd4rl"] = "made"  # made: rendered here; vd4rl: the imported official set
     data_dir: str | None = None  # where sets are; None: $CLEANPIXELS_DATA, else datasets/ beside common.py
-    transitions: int | None = None  # a smaller made set of so many transitions
-    data_seed: int = 0  # seed of a made set
-    seed: int = 0  # of weights, sampling and augmentation; evaluation has seeds of its own
+    transitions: Count | None = None  # a smaller made set of so many transitions
+    data_seed: Whole = 0  # seed of a made set
+    seed: Whole = 0  # of weights, sampling and augmentation; evaluation has seeds of its own
     tag: str = ""  # tells apart runs of the same task, set and seed with other flags
     runs_dir: str | None = None  # where run folders are; None: runs/ beside common.py
     overwrite: bool = False  # start anew in a folder that holds a run; without it the same command continues
-    quick: bool = False  # QUICK below: shows learning on two CPU cores; no benchmark row
+    quick: bool = False  # a small setting that shows learning on two CPU cores; no benchmark row
     evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
-    steps: int | None = None  # gradient updates; None: 256 epochs, one update per transition at batch 256 (Table 9)
-    batch_size: int = 256  # transitions (Table 9)
-    lr: float = 1e-4  # Adam, of encoder and critic and of the actor (DIFF 2)
-    feature_dim: int = 50  # width of the trunk after the encoder
-    hidden_dim: int = 1024  # width of the two layers of actor and critics
-    bc_alpha: float = 2.5  # weight of Q against BC (2106.06860 Eq. 5; 2206.04779 Table 9)
+    steps: Whole | None = None  # gradient updates; None: 256 epochs, one update per transition at batch 256 (Table 9)
+    batch_size: Count = 256  # transitions (Table 9)
+    lr: Rate = 1e-4  # Adam, of encoder and critic and of the actor (DIFF 2)
+    feature_dim: Count = 50  # width of the trunk after the encoder
+    hidden_dim: Count = 1024  # width of the two layers of actor and critics
+    bc_alpha: Weight = 2.5  # weight of Q against BC (2106.06860 Eq. 5; 2206.04779 Table 9)
     bc_deterministic: bool = False  # BC term on the mean action, as TD3+BC writes it; default: the noisy sample
-    nstep: int = 3  # steps of reward before the bootstrap (Table 9; DIFF 2); an episode's last n - 1 actions go unused
-    gamma: float = 0.99  # discount per control step
-    tau: float = 0.01  # Polyak rate of the target critic, per update
-    noise_start: float = 1.0  # std of the noise on sampled actions at step 0
-    noise_end: float = 0.1  # and after noise_steps: runs of 100,000 end at 0.64, of 200,000 at 0.28
-    noise_steps: int = 250_000  # gradient updates over which it falls linearly (Table 9: 500,000 loop turns; DIFF 2)
-    noise_clip: float = 0.3  # noise is clipped to +- this (Table 9)
+    nstep: Count = 3  # steps of reward before the bootstrap (Table 9; DIFF 2); an episode's last two start no sum
+    gamma: Share = 0.99  # discount per control step
+    tau: Share = 0.01  # Polyak rate of the target critic, per update
+    noise_start: Weight = 1.0  # std of the noise on sampled actions at step 0
+    noise_end: Weight = 0.1  # and after noise_steps: runs of 100,000 end at 0.64, of 200,000 at 0.28
+    noise_steps: Whole = 250_000  # gradient updates over which it falls linearly (Table 9: 500,000 loop turns; DIFF 2)
+    noise_clip: Weight = 0.3  # noise is clipped to +- this (Table 9)
     augment: Literal["shift", "none"] = "shift"  # random shift by up to 4 pixels, or off
-    eval_every: int | None = None  # gradient updates; None: a twentieth of the run; 0: no environment at all
-    eval_episodes: int = 10  # per evaluation
-    log_every: int = 100  # gradient updates
-    device: str = "auto"  # auto: cuda if there is one, else cpu
+    eval_every: Whole | None = None  # gradient updates; None: a twentieth of the run; 0: no environment at all
+    eval_episodes: Count = 10  # per evaluation
+    log_every: Count = 100  # gradient updates
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the hardware has it (DIFF 8)
-    accelerate: Literal["auto", "eager", "compile", "graph"] = "auto"  # same mathematics; auto: eager for now
+    accelerate: Literal["eager", "compile"] = "eager"  # compile: the losses under torch.compile
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the frames are; auto: on the GPU if they fit
 
 
 TUNED: dict = {}  # the paper gives DrQ+BC one setting for all rows
-QUICK = {"transitions": 20_000, "batch_size": 128, "lr": 3e-4, "steps": 2_000, "eval_every": 500}
+QUICK = {("*", "*"): {"transitions": 20_000, "batch_size": 128, "lr": 3e-4, "steps": 2_000, "eval_every": 500}}
 
+SIZE = 84  # pixels per side of a standard set
 FRAME_STACK = 3  # frames per observation, in the order they were seen
 
 
@@ -216,7 +205,7 @@ class Agent(nn.Module):
         self.encoder.to(memory_format=torch.channels_last)  # faster convolutions, same numbers up to rounding
         self.critic_target.load_state_dict(self.critic.state_dict())
         self.critic_target.requires_grad_(False)
-        on_cuda = args.device.startswith("cuda")
+        on_cuda = args.device == "cuda"
         groups = {"critic": [*self.encoder.parameters(), *self.critic.parameters()], "actor": self.actor.parameters()}
         self.optimizers = {
             name: torch.optim.Adam(params, args.lr, fused=True, capturable=on_cuda) for name, params in groups.items()
@@ -299,7 +288,7 @@ class Agent(nn.Module):
 def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.ndarray]]:
     """Mean action, the same episodes every time. Returns score and every return, frames of the first episode."""
     agent.eval()
-    obs, returns, frames = pool.reset(EVAL_SEED + np.arange(pool.count)), np.zeros(pool.count), []  # DIFF 6
+    obs, returns, frames = pool.reset(common.EVAL_SEED + np.arange(pool.count)), np.zeros(pool.count), []  # DIFF 6
     while not pool.done.all():
         frames.append(obs[0, -3:].copy())  # RGB of the newest frame; a view would keep the frames of all episodes
         action = agent.act(torch.from_numpy(obs).to(args.device))
@@ -311,41 +300,44 @@ def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.nda
 
 def evaluate_run(args: Args) -> None:
     """--evaluate RUN: scores a finished run's weights on --eval-episodes episodes and writes a video."""
-    args, facts, weights = load_run(args)
-    pool = evaluation_pool(args, facts, FRAME_STACK)
+    facts, weights = common.load_run(args)
+    pool = common.evaluation_pool(args, facts, FRAME_STACK)
     agent = Agent(args, (3 * FRAME_STACK, facts["size"], facts["size"]), facts["action_dim"]).to(args.device)
     agent.load_state_dict(weights)
     metrics, frames = evaluate(agent, pool, args)
-    print(pool.describe(metrics))
-    save_video(Path(args.evaluate) / "evaluation.mp4", frames)
+    print(", ".join(f"{name} {np.round(value, 1)}" for name, value in metrics.items()))
+    common.save_video(Path(args.evaluate) / "evaluation.mp4", frames)
 
 
 def main(args: Args) -> None:
     if args.evaluate:
         return evaluate_run(args)
-    dataset = open_dataset(args, size=84)  # 84 px if it is a standard set (made on the spot if missing)
+    dataset = common.open_dataset(args, SIZE)  # a standard set is made on the spot if it is missing
     if args.steps is None:
         args.steps = 256 * dataset.num_transitions // args.batch_size  # DIFF 4: 256 epochs
-    run = start_run(args, dataset)  # folder, lock, config.json, copies of the code; seeds torch and NumPy
-    pool = evaluation_pool(args, dataset.facts(), FRAME_STACK)  # its workers neither import this file nor touch CUDA
-    buffer = TransitionBuffer(dataset, args.batch_size, frame_stack=FRAME_STACK, nstep=args.nstep, gamma=args.gamma,
-                              seed=args.seed, device=args.device, buffer_device=args.buffer_device)  # fmt: skip
+    run = common.Run(args, dataset)  # its folder and lock; seeds torch and NumPy
+    pool = common.evaluation_pool(args, dataset.facts(), FRAME_STACK)
+    buffer = common.TransitionBuffer(
+        dataset, args.batch_size, FRAME_STACK, nstep=args.nstep, gamma=args.gamma, seed=args.seed, device=args.device,
+        buffer_device=args.buffer_device,
+    )  # fmt: skip
     agent = Agent(args, buffer.obs_shape, buffer.action_dim).to(args.device)
-    update = accelerate(agent, "update", args)  # eager, its LOSSES compiled, or the whole as one CUDA graph
-    step = run.load_checkpoint(agent=agent, buffer=buffer)  # 0 for a new run
+    common.accelerate(agent, args)
+    step = run.begin(agent=agent, buffer=buffer)  # 0, or where the checkpoint was written
     while step < args.steps:
-        metrics = update(buffer.sample(), noise_std(args, step))  # a batch is sorted by row: no half of it is random
+        metrics = agent.update(buffer.sample(), noise_std(args, step))
         step += 1
-        if run.log_due(step, metrics):
+        run.advance(step)
+        if run.log_due:
             run.log("train", step, {name: value.item() for name, value in metrics.items()})  # the only .item()
-        if pool and run.eval_due(step):
+        if pool and run.eval_due:
             metrics, frames = evaluate(agent, pool, args)
             run.log("eval", step, metrics)
             if step == args.steps:
-                save_video(run.path / "evaluation.mp4", frames)
-        if run.checkpoint_due(step):
+                common.save_video(run.path / "evaluation.mp4", frames)
+        if run.checkpoint_due:
             run.save_checkpoint(step, agent=agent, buffer=buffer)
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, TUNED, QUICK))
+    main(common.parse_args(Args, TUNED, QUICK))

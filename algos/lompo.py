@@ -11,23 +11,24 @@ critics on its latent states, half of them the data's, half imagined with a rewa
 --penalty-coef 0 is LMBRL, the baseline of the LOMPO paper. The paper's text has SLAC's stochastic actor; the released
 one, and this one, is deterministic, with noise in the rollouts alone.
 Dims: B windows, T rows of a window, A action, E embedding, S stoch, D deter, F = S + D feat, N ensemble.
-Differs from the released code, as V-D4RL's fork has it (marked DIFF n where it happens):
-  DIFF 1: each state has latent noise of its own; theirs draws one vector for a whole batch (--shared-noise).
-  DIFF 2: a window's first action is masked (--no-mask-first-action: theirs), and an episode's last row can be drawn.
+Differs from the released code, as V-D4RL's fork has it (marked DIFF n where it happens; docs/lompo.md has the reasons):
+  DIFF 1: each state has latent noise of its own; theirs draws one vector for a whole batch.
+  DIFF 2: a window's first action, whose cause it cannot know, is zero, and an episode's last row can be drawn.
   DIFF 3: 25,000 and 150,000 updates are for 100,000 transitions and scale with the set, and so does the first fill of
           the imagined ring, half of it; theirs 50,000 transitions whatever the set.
   DIFF 4: the critics' targets start as their copies; theirs as other networks, crossed.
   DIFF 5: the encoder is frozen and deterministic in the second phase, so the set is embedded once: the same numbers.
   DIFF 6: --precision auto is bf16 autocast where the hardware has it; theirs fp32.
-  DIFF 7: an evaluation is ten seeded episodes, the last one of the final weights; theirs is one, unseeded, every 200
-          updates, none of the final weights.
+  DIFF 7: an evaluation is ten seeded episodes, the last one of the final weights; theirs is one, unseeded.
+  DIFF 8: a real transition's discount is the set's, 0 after a terminal step; theirs takes no step as terminal.
+  DIFF 9: Adam adds eps to the corrected root of the second moment; theirs to the raw one: first steps are shorter.
 Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
 
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -35,21 +36,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside, or one above
-from common import (  # noqa: E402
-    EVAL_SEED,
-    EnvPool,
-    SequenceBuffer,
-    Sequences,
-    UserError,
-    accelerate,
-    evaluation_pool,
-    load_model,
-    load_run,
-    open_dataset,
-    parse_args,
-    save_video,
-    start_run,
-)
+import common  # noqa: E402
+from common import Count, EnvPool, Rate, Sequences, Share, UserError, Weight, Whole  # noqa: E402
 
 Metrics = dict[str, Tensor]
 
@@ -60,49 +48,45 @@ class Args:
     dataset: str = "random"  # random, mixed, medium, medexp, expert, or the path of a set you made
     source: Literal["made", "vd4rl"] = "made"  # made: rendered here; vd4rl: the imported official set
     data_dir: str | None = None  # where sets are; None: $CLEANPIXELS_DATA, else datasets/ beside common.py
-    transitions: int | None = None  # a smaller made set of so many transitions
-    data_seed: int = 0  # seed of a made set
-    seed: int = 0  # of weights, sampling and imagination; evaluation has seeds of its own
+    transitions: Count | None = None  # a smaller made set of so many transitions
+    data_seed: Whole = 0  # seed of a made set
+    seed: Whole = 0  # of weights, sampling and imagination; evaluation has seeds of its own
     tag: str = ""  # tells apart runs of the same task, set and seed with other flags
     runs_dir: str | None = None  # where run folders are; None: runs/ beside common.py
     overwrite: bool = False  # start anew in a folder that holds a run; without it the same command continues
-    quick: bool = False  # QUICK below: shows learning on two CPU cores; no benchmark row
+    quick: bool = False  # a small setting that shows learning on two CPU cores; no benchmark row
     evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
-    model_from: str | None = None  # a run's folder: its world model in place of a first phase of --model-steps
-    model_steps: int | None = None  # gradient updates of the world model; None: 25,000 for 100,000 transitions (DIFF 3)
-    agent_steps: int | None = None  # gradient updates of the agent; None: 150,000 for 100,000 (DIFF 3)
-    batch_size: int = 64  # windows
-    window: int = 50  # rows per window
-    model_lr: float = 6e-4  # Adam
-    actor_lr: float = 3e-4
-    critic_lr: float = 3e-4
-    cnn_depth: int = 32  # channels of the first convolution, doubled by each of the next three
-    stoch: int = 64  # normal variables
-    deter: int = 256  # width of the recurrent state
-    hidden: int = 256  # width of the layers beside it
-    ensemble: int = 7  # priors
-    units: int = 256  # width of the hidden layers of reward head, actor and critics
-    mask_first_action: bool = True  # a window's first action, whose cause it cannot know, is zero (DIFF 2)
-    penalty: Literal["log_prob_std", "log_prob_var", "mean_distance", "max_std", "none"] = (
-        "log_prob_std"  # the released code's; log_prob_var: the paper's
+    model_from: str | None = None  # a finished run's folder: its world model, no first phase; give a --tag
+    model_steps: Whole | None = (
+        None  # gradient updates of the world model; None: 25,000 for 100,000 transitions (DIFF 3)
     )
-    penalty_coef: float = 5.0  # lambda of Eq. 9; 1 for random sets; 0: LMBRL
-    reward_avg: bool = False  # imagined reward: mean over every member's own draw (Eq. 9); default: of the one drawn
-    horizon: int = 5  # steps of a rollout
-    rollout_noise: float = 0.2  # std of the noise on a rollout's actions
-    rollout_every: int = 200  # agent updates between rollouts; also one episode's states are drawn anew
+    agent_steps: Whole | None = None  # gradient updates of the agent; None: 150,000 for 100,000 (DIFF 3)
+    batch_size: Count = 64  # windows
+    window: Count = 50  # rows per window
+    model_lr: Rate = 6e-4  # Adam
+    actor_lr: Rate = 3e-4
+    critic_lr: Rate = 3e-4
+    cnn_depth: Count = 32  # channels of the first convolution, doubled by each of the next three
+    stoch: Count = 64  # normal variables
+    deter: Count = 256  # width of the recurrent state
+    hidden: Count = 256  # width of the layers beside it
+    ensemble: Count = 7  # priors
+    units: Count = 256  # width of the hidden layers of reward head, actor and critics
+    penalty: Literal["log_prob_std", "log_prob_var"] = "log_prob_std"  # released code; log_prob_var: Eq. 9
+    penalty_coef: Weight = 5.0  # lambda of Eq. 9; 1 for random sets; 0: LMBRL
+    horizon: Count = 5  # steps of a rollout
+    rollout_noise: Weight = 0.2  # std of the noise on a rollout's actions
+    rollout_every: Count = 200  # agent updates between rollouts; also one episode's states are drawn anew
     starts: Literal["window", "episode"] = "window"  # rollouts begin in windows filtered from zero, or in real states
-    shared_noise: bool = False  # one vector of latent noise for a whole batch, as theirs (DIFF 1)
-    agent_batch_size: int = 512  # transitions, half real and half imagined
-    gamma: float = 0.99  # discount per control step
-    tau: float = 0.005  # Polyak rate of the target critics, per update
-    eval_state_mode: bool = False  # evaluate on the posterior's mean; default: drawn, as theirs
-    eval_every: int | None = None  # gradient updates; None: a twentieth of the run, second phase; 0: no environment
-    eval_episodes: int = 10  # per evaluation
-    log_every: int = 100  # gradient updates
-    device: str = "auto"  # auto: cuda if there is one, else cpu
+    agent_batch_size: Annotated[int, (2, math.inf)] = 512  # transitions, half real and half imagined
+    gamma: Share = 0.99  # discount per control step
+    tau: Share = 0.005  # Polyak rate of the target critics, per update
+    eval_every: Whole | None = None  # gradient updates; None: a twentieth of the run, second phase; 0: no environment
+    eval_episodes: Count = 10  # per evaluation
+    log_every: Count = 100  # gradient updates
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the hardware has it (DIFF 6)
-    accelerate: Literal["auto", "eager", "compile", "graph"] = "auto"  # same mathematics; auto: eager for now
+    accelerate: Literal["eager", "compile"] = "eager"  # compile: the losses under torch.compile
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the frames are; auto: on the GPU if they fit
 
     @property
@@ -113,11 +97,13 @@ class Args:
 
 TASKS, SETS = ("walker-walk", "cheetah-run"), ("random", "mixed", "medium", "medexp", "expert")
 TUNED = {(task, name): {"penalty_coef": 1.0 if name == "random" else 5.0} for task in TASKS for name in SETS}
-QUICK = {"transitions": 30_000, "batch_size": 16, "window": 25, "model_steps": 1_800, "agent_steps": 4_000,
-         "eval_every": 400, "cnn_depth": 16, "ensemble": 5, "penalty_coef": 1.0}  # fmt: skip
+QUICK = {("*", "*"): {
+    "transitions": 30_000, "batch_size": 16, "window": 25, "model_steps": 1_800, "agent_steps": 4_000,
+    "eval_every": 400, "cnn_depth": 16, "ensemble": 5, "penalty_coef": 1.0,
+}}  # fmt: skip
 
 SIZE = 64  # pixels per side: what the decoder's kernels give
-MODEL_FLAGS = ("cnn_depth", "stoch", "deter", "hidden", "ensemble", "units", "mask_first_action")  # of the model
+MAX_GRAD_NORM = 100.0
 
 
 # ==== Networks ====
@@ -198,8 +184,8 @@ class Decoder(nn.Module):
 class Priors(nn.Module):
     """The ensemble: N networks of two layers from the recurrent state to the distribution of the stochastic one.
 
-    A weight of all N is one tensor, so that a member not drawn still has a gradient, of zero: its moments and the
-    decay go on, as in TensorFlow."""
+    A weight of all N is one tensor, so a member that is not drawn has a gradient of zero: its moments and the decay go
+    on. In the released code it has none and stays as it is."""
 
     def __init__(self, ensemble: int, deter: int, hidden: int, outputs: int):
         super().__init__()
@@ -274,12 +260,9 @@ class RSSM(nn.Module):
         """One prior per time step, shared by the batch, drawn on the device. -> (count,) int64."""
         return torch.randint(self.args.ensemble, (count,), device=self.img_in.weight.device)
 
-    def sample(self, normal: Normal, mode: bool = False) -> Tensor:
-        """A draw, or the mean. (M, S) -> (M, S)."""
-        if mode:
-            return normal.mean
-        like = normal.mean[:1] if self.args.shared_noise else normal.mean  # DIFF 1
-        return normal.mean + normal.std * torch.randn_like(like)
+    def sample(self, normal: Normal) -> Tensor:
+        """(M, S) -> (M, S)."""
+        return normal.mean + normal.std * torch.randn_like(normal.mean)  # DIFF 1
 
     def recur(self, state: State, action: Tensor) -> Tensor:
         """The next recurrent state. action (M, A) leads to it. -> deter (M, D)."""
@@ -287,7 +270,7 @@ class RSSM(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.gru(x.float(), state.deter)
 
-    def observe(self, embed: Tensor, action: Tensor, is_first: Tensor, state: State | None = None, mode: bool = False):
+    def observe(self, embed: Tensor, action: Tensor, is_first: Tensor, state: State | None = None):
         """Filters windows. embed (B, T, E), action (B, T, A), is_first (B, T)
         ->  states (B, T, ...), posterior (B, T, S).
 
@@ -296,14 +279,14 @@ class RSSM(nn.Module):
         is_first[t] makes s[t-1] and action[t] zero: what was before is unknown."""
         state = state or self.initial(len(embed))
         keep = 1 - is_first[..., None].float()
-        action = action * keep
+        action = action * keep  # DIFF 2
         from_deter, from_embed = self.post_in.weight.split([self.args.deter, embed.shape[-1]], 1)
         embedded = F.linear(embed, from_embed, self.post_in.bias)  # the image's half of the layer, for all rows at once
         states, posts = [], []
         for t in range(embed.shape[1]):
             deter = self.recur(State(*(part * keep[:, t] for part in state)), action[:, t])
             post = Normal.of(self.post_out(F.elu_(F.linear(deter, from_deter) + embedded[:, t])))
-            state = State(self.sample(post, mode), deter)
+            state = State(self.sample(post), deter)
             states.append(state)
             posts.append(post)
         states, posts = ((torch.stack(parts, 1) for parts in zip(*found)) for found in (states, posts))
@@ -330,10 +313,6 @@ class WorldModel(nn.Module):
         """image (..., 3, 64, 64) uint8  ->  (..., E)."""
         return self.encoder(scale_pixels(image.flatten(0, -4))).unflatten(0, image.shape[:-3])
 
-    def decode(self, feat: Tensor) -> Tensor:
-        """feat (..., F)  ->  image (..., 3, 64, 64) float32 in about [-0.5, 0.5]."""
-        return self.decoder(feat.flatten(0, -2)).float().unflatten(0, feat.shape[:-1])
-
 
 # ==== Penalties ====
 # every member's prior (N, M, S) of the state arrived at, stoch (M, S)  ->  (M,)
@@ -349,19 +328,7 @@ def log_prob_var(priors: Normal, stoch: Tensor) -> Tensor:
     return priors.log_prob(stoch).var(0, correction=0)
 
 
-def mean_distance(priors: Normal, stoch: Tensor) -> Tensor:
-    """Mean distance of the members' means from their mean."""
-    return torch.linalg.vector_norm(priors.mean - priors.mean.mean(0), dim=-1).mean(0)
-
-
-def max_std(priors: Normal, stoch: Tensor) -> Tensor:
-    """The largest norm of a member's standard deviations."""
-    return torch.linalg.vector_norm(priors.std, dim=-1).amax(0)
-
-
-PENALTY = {
-    "log_prob_std": log_prob_std, "log_prob_var": log_prob_var, "mean_distance": mean_distance, "max_std": max_std,
-}  # fmt: skip
+PENALTY = {"log_prob_std": log_prob_std, "log_prob_var": log_prob_var}
 
 
 # ==== Agent ====
@@ -371,48 +338,6 @@ def scale_pixels(obs: Tensor) -> Tensor:
     """(B, C, S, S) uint8 in 0..255 -> float32 in [-0.5, 0.5], in memory as the convolutions read it."""
     assert obs.dtype == torch.uint8  # floats would be scaled in place, perhaps twice
     return obs.to(torch.float32, memory_format=torch.channels_last).div_(255).sub_(0.5)
-
-
-class Optimizer:
-    """Adam as TensorFlow computes it, after a clip of the gradient's global norm and a decay that lr does not scale.
-
-    param = (1 - decay) param - lr_t m / (sqrt(v) + eps),  lr_t = lr sqrt(1 - B2^t) / (1 - B1^t)
-    torch.optim.Adam divides v by 1 - B2^t before it adds eps, which makes the first thousand steps longer."""
-
-    B1, B2, CLIP = 0.9, 0.999, 100.0
-
-    def __init__(self, params, lr: float, eps: float, decay: float):
-        self.params, self.lr, self.eps, self.decay, self.state = list(params), lr, eps, decay, None
-
-    @torch.no_grad()
-    def step(self) -> Tensor:
-        """Returns the gradient's norm before the clip, ()."""
-        params, grads = self.params, [p.grad for p in self.params]
-        if self.state is None:
-            count = torch.zeros((), device=params[0].device)
-            self.state = {"count": count, "m": [*map(torch.zeros_like, params)], "v": [*map(torch.zeros_like, params)]}
-        count, m, v = self.state.values()
-        norm = nn.utils.clip_grad_norm_(params, self.CLIP)
-        if self.decay:
-            torch._foreach_mul_(params, 1 - self.decay)
-        count += 1
-        torch._foreach_lerp_(m, grads, 1 - self.B1)
-        torch._foreach_mul_(v, self.B2)
-        torch._foreach_addcmul_(v, grads, grads, 1 - self.B2)
-        denominator = torch._foreach_sqrt(v)
-        torch._foreach_add_(denominator, self.eps)
-        torch._foreach_div_(denominator, self.lr * (1 - self.B2**count).sqrt() / (1 - self.B1**count))
-        torch._foreach_addcdiv_(params, m, denominator, -1.0)
-        return norm
-
-    def state_dict(self) -> dict:
-        return self.state or {}
-
-    def load_state_dict(self, state: dict) -> None:
-        device = self.params[0].device
-        if state:
-            moments = {name: [part.to(device) for part in state[name]] for name in ("m", "v")}
-            self.state = {"count": state["count"].to(device), **moments}
 
 
 class Transitions(NamedTuple):
@@ -427,26 +352,26 @@ class Transitions(NamedTuple):
 
 
 class LatentBuffer:
-    """Latent states of every row of the set, and a ring of as many imagined transitions as the set has."""
+    """Latent states of every row of the set, and a ring of as many imagined transitions as the set has real ones."""
 
-    def __init__(self, buffer: SequenceBuffer, feat_dim: int):
-        device = buffer.device
-        self.buffer, self.device = buffer, device
-        self.first = buffer.is_first.nonzero().flatten().cpu()  # row of each episode
-        self.lengths = torch.diff(self.first, append=torch.tensor([buffer.num_rows]))  # in rows
-        starts = torch.ones(buffer.num_rows, dtype=torch.bool)
-        starts[self.first + self.lengths - 1] = False  # an episode's last row leads nowhere
-        self.starts = starts.nonzero().flatten().to(device)
-        self.real = torch.zeros(buffer.num_rows, feat_dim, device=device)
+    def __init__(self, buffer: common.SequenceBuffer, feat_dim: int):
+        self.buffer, self.device, rows = buffer, buffer.device, len(buffer.reward)
+        self.first = buffer.lengths.cumsum(0) - buffer.lengths  # row of each episode
+        leads_on = torch.ones(rows, dtype=torch.bool)
+        leads_on[self.first + buffer.lengths - 1] = False  # an episode's last row leads nowhere
+        self.starts = leads_on.nonzero().flatten().to(self.device)
+        self.feat = torch.zeros(rows, feat_dim, device=self.device)
         widths = {"feat": (feat_dim,), "action": (buffer.action_dim,), "reward": (), "penalty": (), "discount": ()}
         widths["next_feat"] = (feat_dim,)
-        self.ring = {name: torch.zeros(len(self.starts), *width, device=device) for name, width in widths.items()}
-        self.written = self.refreshed = 0  # transitions imagined, episodes drawn anew, so far
+        self.ring = {n: torch.zeros(len(self.starts), *width, device=self.device) for n, width in widths.items()}
+        self.written = self.refreshed = 0  # transitions imagined, episodes whose states were drawn anew, so far
 
     def episode_rows(self, episodes: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows (n, T) of episodes (n,), the last one repeated where an episode is shorter, and which ones count."""
-        t, lengths = torch.arange(self.lengths[episodes].max()), self.lengths[episodes][:, None]
-        return self.first[episodes][:, None] + torch.minimum(t, lengths - 1), t < lengths
+        """Rows (n, T) of episodes (n,), the last one repeated where an episode is shorter, and which are its own."""
+        lengths = self.buffer.lengths[episodes][:, None]
+        t = torch.arange(lengths.max())
+        rows, inside = self.first[episodes][:, None] + torch.minimum(t, lengths - 1), t < lengths
+        return rows.to(self.device), inside.to(self.device)
 
     def add(self, imagined: Transitions) -> None:
         size, count = len(self.starts), len(imagined.reward)
@@ -464,23 +389,22 @@ class LatentBuffer:
         row = self.starts[torch.randint(len(self.starts), (count // 2,), device=self.device)]
         filled = min(self.written, len(self.starts))
         place = torch.randint(filled, (count - count // 2,), device=self.device)
-        real = Transitions(self.real[row], self.buffer.action[row + 1], self.buffer.reward[row + 1],
-                           torch.zeros(len(row), device=self.device), self.buffer.discount[row + 1],
-                           self.real[row + 1])  # fmt: skip
+        action, reward, discount = (x[row + 1] for x in (self.buffer.action, self.buffer.reward, self.buffer.discount))
+        real = Transitions(self.feat[row], action, reward, torch.zeros_like(reward), discount, self.feat[row + 1])
         imagined = Transitions(*(self.ring[name][place] for name in Transitions._fields))
-        return Transitions(*(torch.cat(pair) for pair in zip(real, imagined)))
+        return Transitions(*(torch.cat(pair) for pair in zip(real, imagined)))  # discount: DIFF 8
 
     def state_dict(self) -> dict:
         """Nothing in the first phase; in the second it cannot be made again: the actor that imagined is gone."""
         if not self.written:
             return {}
         filled = {name: value[: self.written].clone() for name, value in self.ring.items()}
-        return {"real": self.real, "ring": filled, "written": self.written, "refreshed": self.refreshed}
+        return {"feat": self.feat, "ring": filled, "written": self.written, "refreshed": self.refreshed}
 
     def load_state_dict(self, state: dict) -> None:
         if not state:
             return
-        self.real.copy_(state["real"])
+        self.feat.copy_(state["feat"])
         for name, value in state["ring"].items():
             self.ring[name][: len(value)] = value
         self.written, self.refreshed = state["written"], state["refreshed"]
@@ -506,13 +430,12 @@ class Agent(nn.Module):
         self.critic_target.requires_grad_(False)
         rates = {"model": args.model_lr, "actor": args.actor_lr, "critic": args.critic_lr}
         self.optimizers = {
-            name: Optimizer(getattr(self, name).parameters(), rate, eps=1e-7, decay=0.0) for name, rate in rates.items()
+            name: torch.optim.Adam(getattr(self, name).parameters(), lr, eps=1e-7, fused=True)  # DIFF 9
+            for name, lr in rates.items()
         }
 
     def autocast(self):
-        return torch.autocast(
-            torch.device(self.args.device).type, torch.bfloat16, enabled=self.args.precision == "bf16"
-        )
+        return torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.precision == "bf16")
 
     # ---- first phase ----
 
@@ -547,60 +470,51 @@ class Agent(nn.Module):
     # ---- second phase: the model is frozen ----
 
     @torch.no_grad()
-    def embed_set(self, buffer: SequenceBuffer, rows: int = 1024) -> Tensor:
+    def embed_set(self, buffer: common.SequenceBuffer, rows: int = 1024) -> Tensor:
         """Embeddings of every row of the set, in the encoder's output precision. -> (rows of the set, E) (DIFF 5)."""
         out = None
         with self.autocast():
-            for index in torch.arange(buffer.num_rows, device=buffer.frames.images[0].device).split(rows):
-                embed = self.model.embed(buffer.frames.gather(index))
-                out = embed.new_empty(buffer.num_rows, embed.shape[-1]) if out is None else out
+            for index in torch.arange(len(buffer.reward), device=buffer.images[0].device).split(rows):
+                embed = self.model.embed(buffer.frames(index))
+                out = embed.new_empty(len(buffer.reward), embed.shape[-1]) if out is None else out
                 out[index.to(out.device)] = embed
         return out
 
     @torch.no_grad()
     def encode(self, latent: LatentBuffer, embeds: Tensor, episodes: Tensor) -> None:
         """Draws the states of whole episodes (n,), filtered from their first row, into `latent`."""
-        rows, real = latent.episode_rows(episodes)
-        rows, real = rows.to(latent.device), real.to(latent.device)
+        rows, inside = latent.episode_rows(episodes)
         buffer = latent.buffer
         with self.autocast():
             states, _ = self.model.rssm.observe(embeds[rows], buffer.action[rows], buffer.is_first[rows])
-        latent.real[rows[real]] = states.feat[real]
+        latent.feat[rows[inside]] = states.feat[inside]
 
-    def penalty(self, state: State, priors: Normal | None = None) -> Tensor:
-        """Disagreement of the priors on arriving at a state. (M, ...)  ->  (M,). priors: theirs, where known."""
-        if self.args.penalty == "none":
-            return state.deter.new_zeros(len(state.deter))
-        priors = priors or Normal.of(self.model.rssm.priors(state.deter))
-        return PENALTY[self.args.penalty](priors, state.stoch)
+    def penalty(self, state: State) -> Tensor:
+        """Disagreement of the priors on arriving at a state. (M, ...)  ->  (M,)."""
+        return PENALTY[self.args.penalty](Normal.of(self.model.rssm.priors(state.deter)), state.stoch)
 
     @torch.no_grad()
     def rollout(self, latent: LatentBuffer, batch: Sequences, embed: Tensor) -> Transitions:
         """Imagined transitions from every state of a batch of windows: H B T of them."""
-        args, rssm = self.args, self.model.rssm
-        found = []
+        args, rssm, parts = self.args, self.model.rssm, []
         with self.autocast():
             if args.starts == "window":  # filtered from nothing, theirs
                 states, _ = rssm.observe(embed, batch.action, batch.is_first)
                 state = State(*(part.flatten(0, 1) for part in states))
             else:  # from the episode's beginning
-                state = State(*latent.real[batch.row].flatten(0, 1).split([args.stoch, args.deter], -1))
+                state = State(*latent.feat[batch.row].flatten(0, 1).split([args.stoch, args.deter], -1))
             for _ in range(args.horizon):
                 noise = args.rollout_noise * torch.randn(len(state.deter), self.action_dim, device=embed.device)
                 action = (self.actor(state.feat) + noise).clamp(-1, 1)
                 deter = rssm.recur(state, action)
                 priors = Normal.of(rssm.priors(deter))  # (N, M, S)
                 member = rssm.draw_members(1)
-                stoch = rssm.sample(Normal(*(part[member].squeeze(0) for part in priors)))
-                following = State(stoch, deter)
+                following = State(rssm.sample(Normal(*(part[member].squeeze(0) for part in priors))), deter)
                 reward = self.model.reward(following.feat).squeeze(-1)
-                if args.reward_avg:
-                    draws = [State(rssm.sample(Normal(*parts)), deter) for parts in zip(*priors)]
-                    reward = torch.stack([self.model.reward(draw.feat).squeeze(-1) for draw in draws]).mean(0)
-                penalty = self.penalty(following, priors)
-                found.append((state.feat, action, reward, penalty, torch.ones_like(reward), following.feat))
+                penalty = PENALTY[args.penalty](priors, following.stoch)
+                parts.append((state.feat, action, reward, penalty, torch.ones_like(reward), following.feat))
                 state = following
-        return Transitions(*(torch.cat(parts).float() for parts in zip(*found)))
+        return Transitions(*(torch.cat(part).float() for part in zip(*parts)))
 
     def critic_loss(self, batch: Transitions) -> tuple[Tensor, Metrics]:
         """TD error of both critics, penalised rewards."""
@@ -642,10 +556,12 @@ class Agent(nn.Module):
         """One step of an optimiser on its own parameters; no gradient is computed for others. Returns the
         gradient's norm before the clip, ()."""
         optimizer = self.optimizers[name]
-        for parameter in optimizer.params:
-            parameter.grad = None
-        loss.backward(inputs=optimizer.params)
-        return optimizer.step()
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.zero_grad()
+        loss.backward(inputs=params)
+        norm = nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
+        optimizer.step()
+        return norm
 
     @torch.no_grad()
     def act(self, obs: Tensor, action: Tensor, state: State | None) -> tuple[Tensor, State]:
@@ -653,33 +569,9 @@ class Agent(nn.Module):
         state: what the last call returned, None at an episode's first image."""
         first = torch.full((len(obs), 1), state is None, device=obs.device)
         embed = self.model.embed(obs)[:, None]
-        states, _ = self.model.rssm.observe(embed, action[:, None], first, state, self.args.eval_state_mode)
+        states, _ = self.model.rssm.observe(embed, action[:, None], first, state)
         state = State(*(part[:, 0] for part in states))
         return self.actor(state.feat), state
-
-    # ---- for benchmarks/inspect_world_model.py ----
-
-    def filter(self, batch: Sequences) -> State:
-        """States of windows, from their images. -> (B, T, ...)."""
-        return self.model.rssm.observe(self.model.embed(batch.image), batch.action, batch.is_first)[0]
-
-    def roll(self, batch: Sequences, context: int) -> State:
-        """States of windows: filtered for the first `context` rows, imagined under their actions after them."""
-        states = self.filter(Sequences(*(part[:, :context] for part in batch)))
-        rows = [State(*parts) for parts in zip(*(part.unbind(1) for part in states))]
-        for t in range(context, batch.action.shape[1]):
-            rows.append(self.model.rssm.imagine(rows[-1], batch.action[:, t]))
-        return State(*(torch.stack(parts, 1) for parts in zip(*rows)))
-
-    @torch.no_grad()
-    def reconstruct(self, batch: Sequences) -> Tensor:
-        """What the decoder makes of the filtered states. -> (B, T, 3, 64, 64) in about [-0.5, 0.5]."""
-        return self.model.decode(self.filter(batch).feat)
-
-    @torch.no_grad()
-    def open_loop(self, batch: Sequences, context: int = 5) -> Tensor:
-        """What it makes of roll()'s: `context` images are seen, the rest follows from actions. -> (B, T, 3, 64, 64)."""
-        return self.model.decode(self.roll(batch, context).feat)
 
     # ---- checkpoints ----
 
@@ -697,22 +589,22 @@ def normal_nll(mean: Tensor, x: Tensor) -> Tensor:
     return 0.5 * F.mse_loss(mean, x, reduction="sum") + 0.5 * math.log(2 * math.pi) * x.numel()
 
 
-def generate(agent: Agent, latent: LatentBuffer, buffer: SequenceBuffer, embeds: Tensor, done: int) -> None:
-    """What the agent's updates are made from, before update number `done`: first the states of all episodes and half a
-    ring of rollouts, then, every --rollout-every updates, one episode drawn anew and more rollouts."""
-    args, episodes = agent.args, len(latent.first)
-    if done % args.rollout_every:
+def refill(agent: Agent, latent: LatentBuffer, embeds: Tensor, update: int) -> None:
+    """What agent updates are made from, before number `update`: first the states of all episodes and half a ring of
+    rollouts, then, every --rollout-every updates, one episode drawn anew and more rollouts."""
+    args, buffer = agent.args, latent.buffer
+    if update % args.rollout_every:
         return
-    if done == 0:
-        for some in torch.arange(episodes).split(args.batch_size):
-            agent.encode(latent, embeds, some)
+    if update == 0:
+        for episodes in torch.arange(len(buffer.lengths)).split(args.batch_size):
+            agent.encode(latent, embeds, episodes)
     else:
-        agent.encode(latent, embeds, torch.tensor([latent.refreshed % episodes]))
+        agent.encode(latent, embeds, torch.tensor([latent.refreshed % len(buffer.lengths)]))
         latent.refreshed += 1
     while True:
         batch = buffer.sample(images=False)
         latent.add(agent.rollout(latent, batch, embeds[batch.row]))
-        if done > 0 or latent.written >= len(latent.starts) // 2:  # DIFF 3
+        if update > 0 or latent.written >= len(latent.starts) // 2:  # DIFF 3
             return
 
 
@@ -723,11 +615,11 @@ def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.nda
     """The actor's mode on filtered states, the same episodes and the same posterior draws every time. Returns score and
     every return, frames of the first episode."""
     agent.eval()
-    obs, returns, frames = pool.reset(EVAL_SEED + np.arange(pool.count)), np.zeros(pool.count), []  # DIFF 7
+    obs, returns, frames = pool.reset(common.EVAL_SEED + np.arange(pool.count)), np.zeros(pool.count), []  # DIFF 7
     action, state = np.zeros((pool.count, agent.action_dim), np.float32), None
-    devices = [torch.cuda.current_device()] if args.device.startswith("cuda") else []
+    devices = [torch.cuda.current_device()] if args.device == "cuda" else []
     with torch.random.fork_rng(devices):  # how often one evaluates does not change the training's draws
-        torch.manual_seed(EVAL_SEED)
+        torch.manual_seed(common.EVAL_SEED)
         while not pool.done.all():
             frames.append(obs[0].copy())  # a view would keep the frames of all episodes
             images, last = (torch.from_numpy(array).to(args.device) for array in (obs, action))
@@ -741,21 +633,19 @@ def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.nda
 
 def evaluate_run(args: Args) -> None:
     """--evaluate RUN: scores a finished run's weights on --eval-episodes episodes and writes a video."""
-    args, facts, weights = load_run(args)
-    pool = evaluation_pool(args, facts, 1)
+    facts, weights = common.load_run(args)
+    pool = common.evaluation_pool(args, facts, 1)
     agent = Agent(args, facts["action_dim"]).to(args.device)
     agent.load_state_dict(weights)
     metrics, frames = evaluate(agent, pool, args)
-    print(pool.describe(metrics))
-    save_video(Path(args.evaluate) / "evaluation.mp4", frames)
+    print(", ".join(f"{name} {np.round(value, 1)}" for name, value in metrics.items()))
+    common.save_video(Path(args.evaluate) / "evaluation.mp4", frames)
 
 
 def main(args: Args) -> None:
     if args.evaluate:
         return evaluate_run(args)
-    if args.model_from and not args.tag:
-        raise UserError(f"--model-from {args.model_from}: also give a --tag, such a run is no standard row")
-    dataset = open_dataset(args, size=64)  # 64 px if it is a standard set (made on the spot if missing)
+    dataset = common.open_dataset(args, SIZE)  # a standard set is made on the spot if it is missing
     if dataset.size != SIZE:
         raise UserError(f"{dataset.path} has images of {dataset.size} px; the decoder gives {SIZE}")
     if args.model_from:
@@ -764,37 +654,37 @@ def main(args: Args) -> None:
         args.model_steps = round(dataset.num_transitions * 25_000 / 100_000)  # DIFF 3
     if args.agent_steps is None:
         args.agent_steps = round(dataset.num_transitions * 150_000 / 100_000)
-    run = start_run(args, dataset, MODEL_FLAGS)  # folder, lock, config.json, copies of the code; seeds generators
-    pool = evaluation_pool(args, dataset.facts(), 1)  # its workers neither import this file nor touch CUDA
-    buffer = SequenceBuffer(dataset, args.batch_size, args.window, args.seed, args.device, args.buffer_device,
-                            force_first=args.mask_first_action)  # fmt: skip
+    run = common.Run(args, dataset)  # its folder and lock; seeds torch and NumPy
+    pool = common.evaluation_pool(args, dataset.facts(), 1)
+    buffer = common.SequenceBuffer(dataset, args.batch_size, args.window, args.seed, args.device, args.buffer_device)
     agent = Agent(args, buffer.action_dim).to(args.device)
-    update_model, update_agent = (accelerate(agent, name, args) for name in ("update_model", "update_agent"))
+    common.accelerate(agent, args)
+    if args.model_from and not run.checkpoint.exists():
+        weights = common.read(f"{args.model_from}/weights.pt").items()
+        agent.model.load_state_dict({k.removeprefix("model."): v for k, v in weights if k.startswith("model.")})
     latent, embeds = LatentBuffer(buffer, agent.model.feat_dim), None
-    parts = {"agent": agent, "buffer": buffer, "latent": latent}
-    step = run.load_checkpoint(**parts)  # 0 for a new run
-    if args.model_from and step == 0:
-        load_model(agent.model, args)
+    step = run.begin(agent=agent, buffer=buffer, latent=latent)  # 0, or where the checkpoint was written
     while step < args.steps:
         phase = "model" if step < args.model_steps else "agent"
         if phase == "model":
-            metrics = update_model(buffer.sample())
+            metrics = agent.update_model(buffer.sample())
         else:
             if embeds is None:  # the second phase begins, or goes on in a new process
                 embeds = agent.embed_set(buffer)
-            generate(agent, latent, buffer, embeds, step - args.model_steps)
-            metrics = update_agent(latent.sample(args.agent_batch_size))
+            refill(agent, latent, embeds, step - args.model_steps)
+            metrics = agent.update_agent(latent.sample(args.agent_batch_size))
         step += 1
-        if run.log_due(step, metrics):
+        run.advance(step)
+        if run.log_due:
             run.log(phase, step, {name: value.item() for name, value in metrics.items()})  # the only .item()
-        if pool and phase == "agent" and run.eval_due(step):
+        if pool and phase == "agent" and run.eval_due:
             metrics, frames = evaluate(agent, pool, args)
             run.log("eval", step, metrics)
             if step == args.steps:
-                save_video(run.path / "evaluation.mp4", frames)
-        if run.checkpoint_due(step):
-            run.save_checkpoint(step, **parts)
+                common.save_video(run.path / "evaluation.mp4", frames)
+        if run.checkpoint_due:
+            run.save_checkpoint(step, agent=agent, buffer=buffer, latent=latent)
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, TUNED, QUICK))
+    main(common.parse_args(Args, TUNED, QUICK))

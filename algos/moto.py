@@ -14,35 +14,25 @@ one episode in the environment, some updates, the next episode. No code of the a
 
 Dims: B windows, T rows of a window, M = B T states, H horizon, A action, E embedding, S stoch, K classes, D deter,
 F = S K + D feat, N ensemble.
-Where the paper is silent or contradicts itself (marked DIFF n where it happens):
+Where the paper is silent or contradicts itself (marked DIFF n where it happens; docs/moto.md has the reasons):
   DIFF 1: u is the deviation over the members of the normalised logits, their mean over variables and classes; Eq. 2
-          says logits and no reduction. Unnormalised ones carry an offset that means nothing. The sum, read as well,
-          is 1,024 times as much: --penalty-coef 10240.
-  DIFF 2: Eq. 8's V is the value of the actor's action in s_{j+1}, as its text says (no samples of the model); as
-          printed it is the rollout's: --data-target vhat. Target critics there are our choice.
-  DIFF 3: the model and the agent learn from one batch of 16 windows (Algorithm 1); Appendix C.3 names 128 for the
-          agent, of no unit: --agent-batch-size. Algorithm 1 plays an episode after G updates, here it comes before,
-          as in Appendix C.1, with drawn actions. Eq. 4 prints pi(. | s^{t-1}) for the action of s^t.
-  DIFF 4: C.3 leaves the rest to DreamerV2's repository. Model sizes, KL, optimiser, entropy and target copies are
-          Offline DV2's, so is horizon 5; its defaults for other domains are 15 and --deter 1024 --hidden 1024. Decoder
-          192, 96, 48, 3 and no further layers of 400 at encoder and decoder: printed otherwise, as for another model.
-  DIFF 5: the imitation term is a mean over rows, printed as a sum beside the means of Eq. 6; A discounts its first
-          reward by 1, printed gamma, and has fewer than H steps towards a window's end.
+          says logits and no reduction.
+  DIFF 2: Eq. 8's V is the value of the actor's action in s_{j+1}, as its text says; printed is the rollout's.
+  DIFF 3: model and agent learn from one batch of 16 windows (Algorithm 1); an episode is played before its updates.
+  DIFF 4: model sizes, KL, optimiser, entropy, target copies and horizon 5 are Offline DV2's (C.3: DreamerV2's).
+  DIFF 5: the imitation term is a mean over rows, printed as a sum beside the means of Eq. 6.
   DIFF 6: evaluations are seeded episodes; the paper says nothing.
-  DIFF 7: tasks with dense rewards have no success to filter by: there the better half of the episodes by return. On
-          kitchen-partial any three objects at once count, in the paper the first three.
-  DIFF 8: 1,000 offline updates on Meta-World (Appendix C.1; the main text has 10,000 for all), 1,000 episodes of 20
-          updates; on the kitchen 10,000 and 1,326 of 50: 371,000 steps in the environment, the main text says 500,000.
-          Elsewhere one update per transition and none online.
-  DIFF 9: --model-first; in Algorithm 1 all learn from the first update. An actor that begins while the features mean
-          nothing can run into its actions' bounds, where tanh holds it (docs/moto.md): --quick has it begin later.
+  DIFF 7: tasks with dense rewards have no success to filter by: there the better half of the episodes by return.
+  DIFF 8: updates and episodes of Appendix C.1; elsewhere one update per transition, and no episodes.
+  DIFF 9: --model-first; in Algorithm 1 all learn from the first update.
 Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
 
 import math
+import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -50,22 +40,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside, or one above
-from common import (  # noqa: E402
-    EVAL_SEED,
-    EnvPool,
-    OnlineSet,
-    SequenceBuffer,
-    Sequences,
-    UserError,
-    accelerate,
-    evaluation_pool,
-    load_offline,
-    load_run,
-    open_dataset,
-    parse_args,
-    save_video,
-    start_run,
-)
+import common  # noqa: E402
+from common import Count, EnvPool, Rate, Sequences, Share, UserError, Weight, Whole  # noqa: E402
 
 Metrics = dict[str, Tensor]
 
@@ -76,57 +52,50 @@ class Args:
     dataset: str = "demos"  # demos (Meta-World), mixed and partial (kitchen), a set of dm_control, or a path
     source: Literal["made", "vd4rl"] = "made"  # made: rendered here; vd4rl: the imported official set
     data_dir: str | None = None  # where sets are; None: $CLEANPIXELS_DATA, else datasets/ beside common.py
-    transitions: int | None = None  # a made set of so many transitions; None: of the published number
-    data_seed: int = 0  # seed of a made set
-    seed: int = 0  # of weights, sampling, imagination and online episodes; evaluation has seeds of its own
+    transitions: Count | None = None  # a made set of so many transitions; None: of the published number
+    data_seed: Whole = 0  # seed of a made set
+    seed: Whole = 0  # of weights, sampling, imagination and online episodes; evaluation has seeds of its own
     tag: str = ""  # tells apart runs of the same task, set and seed with other flags
     runs_dir: str | None = None  # where run folders are; None: runs/ beside common.py
     overwrite: bool = False  # start anew in a folder that holds a run; without it the same command continues
-    quick: bool = False  # QUICK below: small enough for two CPU cores; what it shows: docs/moto.md
+    quick: bool = False  # a small setting for two CPU cores; what it shows: docs/moto.md
     evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
-    offline_from: str | None = None  # a run's folder: begin online after its --offline-steps, with none here
-    offline_steps: int | None = None  # gradient updates before the first episode; None: one per transition (DIFF 8)
-    model_first: int = 0  # of these, so many train the model alone (DIFF 9)
-    online_episodes: int = 0  # episodes in the environment, each before its updates (DIFF 8)
-    updates_per_episode: int = 20  # gradient updates after each of them (DIFF 8)
-    episode_steps: int | None = None  # length of online and evaluation episodes; None: the task's own
-    batch_size: int = 16  # windows (Appendix C.3)
-    agent_batch_size: int | None = None  # windows for actor and critics; None: those of the model (DIFF 3)
-    window: int = 50  # rows per window
-    model_lr: float = 1e-4  # Adam; the three rates: Appendix C.3
-    actor_lr: float = 8e-5
-    critic_lr: float = 8e-5
-    cnn_depth: int = 48  # channels of the first convolution, doubled by each of the next three
-    stoch: int = 32  # categorical variables
-    classes: int = 32  # of each
-    deter: int = 200  # width of the recurrent state
-    hidden: int = 200  # width of the layers beside it
-    ensemble: int = 7  # priors (Appendix C.3)
-    units: int = 400  # width of the four layers of reward head, actor and critics
-    kl_balance: float = 0.8  # share of the KL's gradient that trains the prior
-    free_nats: float = 1.0  # below it the mean KL has no gradient
-    penalty: Literal["logit_std", "log_prob_std", "none"] = "logit_std"  # DIFF 1; none: Figure 3's ablation
-    penalty_coef: float = 10.0  # alpha of Eq. 3 (Appendix C.3)
+    offline_from: str | None = None  # a run's folder: begin online where its offline phase ended; give a --tag
+    offline_steps: Whole | None = None  # gradient updates before the first episode; None: one per transition (DIFF 8)
+    model_first: Whole = 0  # of these, so many train the model alone (DIFF 9)
+    online_episodes: Whole = 0  # episodes in the environment, each before its updates (DIFF 8)
+    updates_per_episode: Count = 20  # gradient updates after each of them (DIFF 8)
+    batch_size: Count = 16  # windows (Appendix C.3)
+    window: Annotated[int, (2, math.inf)] = 50  # rows per window
+    model_lr: Rate = 1e-4  # Adam; the three rates: Appendix C.3
+    actor_lr: Rate = 8e-5
+    critic_lr: Rate = 8e-5
+    cnn_depth: Count = 48  # channels of the first convolution, doubled by each of the next three
+    stoch: Count = 32  # categorical variables
+    classes: Count = 32  # of each
+    deter: Count = 200  # width of the recurrent state
+    hidden: Count = 200  # width of the layers beside it
+    ensemble: Count = 7  # priors (Appendix C.3)
+    units: Count = 400  # width of the four layers of reward head, actor and critics
+    kl_balance: Share = 0.8  # share of the KL's gradient that trains the prior
+    free_nats: Weight = 1.0  # below it the mean KL has no gradient
+    penalty_coef: Weight = 10.0  # alpha of Eq. 3 (Appendix C.3); 0: Figure 3's ablation
     value: Literal["expansion", "dreamer"] = "expansion"  # dreamer: DreamerV2's lambda-returns, a critic of states
-    bc_filter: Literal["success", "return", "advantage", "all", "none"] = "return"  # f of the imitation term (DIFF 7)
-    bc_quantile: float = 0.5  # return: of the episodes in the buffer, those above this quantile
-    bc_success_reward: float = 1.0  # success: an episode with a step of at least this reward
-    bc_coef: float = 10.0  # beta, weight of the imitation term (Appendix C.3)
-    data_target: Literal["v0", "vhat"] = "v0"  # V of Eq. 8 (DIFF 2)
-    horizon: int = 5  # imagined steps (DIFF 4)
-    gamma: float = 0.99  # discount per control step
-    td_lambda: float = 0.95  # of the value expansion
-    actor_ent: float = 1e-4  # weight of the actor's entropy
-    actor_sample_grad: Literal["reference", "exact"] = "reference"  # see TruncatedNormal.sample
-    tau: float = 0.0  # Polyak rate of the target critics; 0: a hard copy every --target-every updates
-    target_every: int = 100  # gradient updates
-    eval_state_mode: bool = False  # evaluate on the posterior's most likely classes; default: drawn
-    eval_every: int | None = None  # gradient updates; None: a twentieth of the run; 0: no evaluation
-    eval_episodes: int = 10  # per evaluation; 20 in manipulation tasks
-    log_every: int = 100  # gradient updates
-    device: str = "auto"  # auto: cuda if there is one, else cpu
+    bc_filter: Literal["success", "return", "all"] = "return"  # f of the imitation term (DIFF 7)
+    bc_quantile: Share = 0.5  # return: of the episodes in the buffer, those above this quantile
+    bc_success_reward: Weight = 1.0  # success: an episode with a step of at least this reward
+    bc_coef: Weight = 10.0  # beta, weight of the imitation term (Appendix C.3); 0: Figure 3's ablation
+    horizon: Count = 5  # imagined steps (DIFF 4)
+    gamma: Share = 0.99  # discount per control step
+    td_lambda: Share = 0.95  # of the value expansion
+    actor_ent: Weight = 1e-4  # weight of the actor's entropy
+    target_every: Count = 100  # gradient updates
+    eval_every: Whole | None = None  # gradient updates; None: a twentieth of the run; 0: no evaluation
+    eval_episodes: Count = 10  # per evaluation; 20 in manipulation tasks, where successes are counted
+    log_every: Count = 100  # gradient updates
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the hardware has it
-    accelerate: Literal["auto", "eager", "compile", "graph"] = "auto"  # same mathematics; auto: eager for now
+    accelerate: Literal["eager", "compile"] = "eager"  # compile: the losses under torch.compile
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the frames are; auto: on the GPU if they fit
 
     @property
@@ -135,27 +104,28 @@ class Args:
         return self.offline_steps + self.online_episodes * self.updates_per_episode
 
 
-TUNED = {  # DIFF 8. The first line: as in Args, of every task, so that none is told it has no value of its own
-    ("*", "*"): {name: getattr(Args, name) for name in (
-        "offline_steps", "online_episodes", "updates_per_episode", "bc_filter", "bc_success_reward")},
-    ("metaworld-*", "*"): {"offline_steps": 1_000, "online_episodes": 1_000, "bc_filter": "success"},
+TUNED = {  # DIFF 8
+    ("metaworld-*", "*"): {"offline_steps": 1_000, "online_episodes": 1_000, "bc_filter": "success",
+                           "eval_episodes": 20},
     ("kitchen-*", "*"): {"offline_steps": 10_000, "online_episodes": 1_326, "updates_per_episode": 50,
-                         "bc_filter": "success", "bc_success_reward": 4.0},
-    ("kitchen-partial", "*"): {"bc_success_reward": 3.0},  # DIFF 7: no demonstration solves its four (Appendix C.1)
+                         "bc_filter": "success", "bc_success_reward": 4.0, "eval_episodes": 20},
+    ("kitchen-partial", "*"): {"bc_success_reward": 3.0},  # no demonstration solves its four; any three count (C.1)
 }  # fmt: skip
-# not the paper's setting made shorter, but one of its own: a small model that learns faster, then actor and critics
-QUICK_DEMOS = {"offline_steps": 1_000, "online_episodes": 40, "eval_every": 150} | {
-    name: getattr(Args, name) for name in ("actor_lr", "critic_lr", "target_every", "penalty_coef", "bc_quantile")
-}
-QUICK = {"transitions": 30_000, "offline_steps": 2_000, "model_first": 600, "updates_per_episode": 20, "batch_size": 8,
-         "window": 25, "eval_every": 200, "model_lr": 1e-3, "actor_lr": 3e-4, "critic_lr": 1e-3, "target_every": 10,
-         "penalty_coef": 1.0, "bc_quantile": 0.75, "cnn_depth": 16, "ensemble": 5, "units": 200,
-         ("metaworld-*", "*"): QUICK_DEMOS | {"transitions": 5_000},  # 50 demonstrations, not 10
-         ("kitchen-*", "*"): QUICK_DEMOS}  # fmt: skip
+# A setting of its own: a small model that learns faster, then actor and critics; the paper's rates on few episodes.
+QUICK_DEMOS = {"offline_steps": 1_000, "online_episodes": 40, "eval_every": 150, "actor_lr": 8e-5, "critic_lr": 8e-5,
+               "target_every": 100, "penalty_coef": 10.0, "bc_quantile": 0.5}  # fmt: skip
+QUICK = {
+    ("*", "*"): {"transitions": 30_000, "offline_steps": 2_000, "model_first": 600, "updates_per_episode": 20,
+                 "batch_size": 8, "window": 25, "eval_every": 200, "model_lr": 1e-3, "actor_lr": 3e-4,
+                 "critic_lr": 1e-3, "target_every": 10, "penalty_coef": 1.0, "bc_quantile": 0.75, "cnn_depth": 16,
+                 "ensemble": 5, "units": 200},
+    ("metaworld-*", "*"): QUICK_DEMOS | {"transitions": 5_000},  # 50 demonstrations, not 10
+    ("kitchen-*", "*"): QUICK_DEMOS,
+}  # fmt: skip
 
 SIZE = 64  # pixels per side: what the decoder's kernels give
+MAX_GRAD_NORM = 100.0
 ONLINE_SEED = 2_000_000  # online episode i of run seed s starts from seed ONLINE_SEED + 100,000 s + i
-MODEL_FLAGS = ("cnn_depth", "stoch", "classes", "deter", "hidden", "ensemble", "units", "value")  # sizes of networks
 
 
 # ==== Networks ====
@@ -248,8 +218,8 @@ class GRUCell(nn.Module):
 class Priors(nn.Module):
     """The ensemble: N networks of two layers from the recurrent state to the distribution of the stochastic one.
 
-    A weight of all N is one tensor, so that a member not drawn still has a gradient, of zero: its moments and the
-    decay go on, as in TensorFlow."""
+    A weight of all N is one tensor, so a member that is not drawn has a gradient of zero: its moments and the decay go
+    on. In the released code it has none and stays as it is."""
 
     def __init__(self, ensemble: int, deter: int, hidden: int, outputs: int):
         super().__init__()
@@ -303,22 +273,21 @@ class RSSM(nn.Module):
         """One prior per time step, shared by the batch, drawn on the device. -> (count,) int64."""
         return torch.randint(self.ensemble, (count,), device=self.img_in.weight.device)
 
-    def sample(self, logits: Tensor, mode: bool = False) -> Tensor:
-        """One-hot draws, or the most likely classes. logits (..., S K)  ->  (..., S K); the gradient is that of the
-        probabilities (straight-through)."""
+    def sample(self, logits: Tensor) -> Tensor:
+        """One-hot draws. logits (..., S K)  ->  (..., S K); the gradient is that of the probabilities
+        (straight-through)."""
         probs = logits.unflatten(-1, (self.stoch, self.classes)).softmax(-1)
         cumulative = probs.detach().cumsum(-1)
         threshold = torch.rand_like(cumulative[..., :1]) * cumulative[..., -1:]
         index = (cumulative <= threshold).sum(-1, keepdim=True).clamp_max(self.classes - 1)
-        index = probs.argmax(-1, keepdim=True) if mode else index
         one_hot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
-        return (one_hot + probs - probs.detach()).flatten(-2)
+        return (one_hot + (probs - probs.detach())).flatten(-2)
 
     def recur(self, state: State, action: Tensor) -> Tensor:
         """The next recurrent state. action (M, A) leads to it. -> deter (M, D)."""
         return self.gru(F.elu_(self.img_in(torch.cat([state.stoch, action], -1))), state.deter)
 
-    def observe(self, embed: Tensor, action: Tensor, is_first: Tensor, state: State | None = None, mode: bool = False):
+    def observe(self, embed: Tensor, action: Tensor, is_first: Tensor, state: State | None = None):
         """Filters windows. embed (B, T, E), action (B, T, A), is_first (B, T)
         ->  states (B, T, ...), logits of the posterior (B, T, S K).
 
@@ -334,7 +303,7 @@ class RSSM(nn.Module):
         for t in range(embed.shape[1]):
             deter = self.recur(State(*(part * keep[:, t] for part in state)), action[:, t])
             logits = self.post_out(F.elu_(F.linear(deter, from_deter) + embedded[:, t])).float()
-            state = State(self.sample(logits, mode), deter)
+            state = State(self.sample(logits), deter)
             states.append(state)
             post.append(logits)
         return State(*(torch.stack(parts, 1) for parts in zip(*states))), torch.stack(post, 1)
@@ -360,10 +329,6 @@ class WorldModel(nn.Module):
         """image (..., 3, 64, 64) uint8  ->  (..., E)."""
         return self.encoder(scale_pixels(image.flatten(0, -4))).unflatten(0, image.shape[:-3])
 
-    def decode(self, feat: Tensor) -> Tensor:
-        """feat (..., F)  ->  image (..., 3, 64, 64) float32 in about [-0.5, 0.5]."""
-        return self.decoder(feat.flatten(0, -2)).float().unflatten(0, feat.shape[:-1])
-
 
 class TruncatedNormal(NamedTuple):
     """A normal with these loc and scale (..., A), cut to [-1, 1]."""
@@ -376,11 +341,10 @@ class TruncatedNormal(NamedTuple):
         low, high = (-1 - self.loc) / self.scale, (1 - self.loc) / self.scale
         return low, high, torch.special.ndtr(high) - torch.special.ndtr(low)
 
-    def sample(self, gradient: str) -> Tensor:
-        """Draws within +- (1 - 1e-6). gradient "exact": of the inverse distribution function. "reference": as if the
-        standardised draw z were given, dx/dloc = 1 and dx/dscale = z, the bounds' share left out; far from the exact
-        one where the bounds cut much off."""
-        with torch.set_grad_enabled(gradient == "exact" and torch.is_grad_enabled()):
+    def sample(self) -> Tensor:
+        """Draws within +- (1 - 1e-6). The gradient is the released code's: as if the standardised draw z were given,
+        dx/dloc = 1 and dx/dscale = z; that of the bounds is left out."""
+        with torch.no_grad():
             low, _, mass = self.bounds()
             uniform = torch.rand_like(mass).clamp(1e-6, 1 - 1e-6)
             z = torch.special.ndtri(torch.special.ndtr(low) + uniform * mass)
@@ -431,24 +395,6 @@ class Critics(nn.Module):
         return torch.stack([net(x).squeeze(-1) for net in self.nets])
 
 
-# ==== Penalties ====
-# logits (N, M, S, K) float32 of all priors, stoch (M, S, K) the state arrived at  ->  (M,)
-
-
-def logit_std(logits: Tensor, stoch: Tensor) -> Tensor:
-    """Deviation over the members of the normalised logits, mean over variables and classes. Unnormalised ones carry an
-    offset per variable that means nothing."""
-    return logits.log_softmax(-1).std(0, correction=0).mean((-2, -1))
-
-
-def log_prob_std(logits: Tensor, stoch: Tensor) -> Tensor:
-    """Deviation over the members of the log-probability of the state arrived at."""
-    return (logits.log_softmax(-1) * stoch).sum((-2, -1)).std(0, correction=0)
-
-
-PENALTY = {"logit_std": logit_std, "log_prob_std": log_prob_std}
-
-
 # ==== Agent ====
 
 
@@ -464,15 +410,9 @@ def categorical_kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum((-2, -1))
 
 
-def categorical_entropy(logits: Tensor) -> Tensor:
-    """Of S independent categoricals, nats. (..., S, K)  ->  (...)."""
-    log_probs = logits.log_softmax(-1)
-    return -(log_probs.exp() * log_probs).sum((-2, -1))
-
-
 def expand_values(reward: Tensor, value: Tensor, gamma: float, td_lambda: float) -> tuple[Tensor, Tensor]:
     """Value expansion. reward (H, M) on arrival in states 1 .. H, value (H + 1, M) V0 of states 0 .. H
-    ->  V and Vhat (H, M) of states 0 .. H-1.
+    ->  V and Vhat (H, M) of states 0 .. H-1. With rewards of states 0 .. H-1, V is DreamerV2's lambda-return.
 
     V^t = reward^{t+1} + gamma Vhat^{t+1};  Vhat^t = (1 - td_lambda) V0^t + td_lambda V^t;  Vhat^H = V0^H
     Unrolled, V is Eq. 5 and Vhat mixes in the expansion of no step."""
@@ -483,73 +423,6 @@ def expand_values(reward: Tensor, value: Tensor, gamma: float, td_lambda: float)
         found.append((expanded, hat))
     expanded, hat = (torch.stack(parts[::-1]) for parts in zip(*found))
     return expanded, hat
-
-
-def lambda_return(reward: Tensor, next_value: Tensor, gamma: float, td_lambda: float) -> Tensor:
-    """reward (H, M) of states 0 .. H-1, next_value (H, M) of states 1 .. H  ->  target (H, M) of states 0 .. H-1.
-
-    target_t = reward_t + gamma ((1 - td_lambda) value_{t+1} + td_lambda target_{t+1}), target_H = value_H
-    A state's target, hence its value, includes its own reward."""
-    target, found = next_value[-1], []
-    for t in reversed(range(len(reward))):
-        target = reward[t] + gamma * ((1 - td_lambda) * next_value[t] + td_lambda * target)
-        found.append(target)
-    return torch.stack(found[::-1])
-
-
-def data_advantage(reward: Tensor, discount: Tensor, value: Tensor, gamma: float, horizon: int) -> Tensor:
-    """What H steps of the data were worth more than the actor's, towards the window's end with the steps there are:
-    A_t = sum_{k=1..H} gamma^{k-1} r_{t+k} + gamma^H V_{t+H} - V_t  (DIFF 5). All (B, T)  ->  (B, T - 1)."""
-    rows, found = reward.shape[1], []
-    for t in range(rows - 1):
-        total, factor = 0.0, 1.0
-        for k in range(t + 1, min(t + horizon, rows - 1) + 1):
-            total = total + factor * reward[:, k]
-            factor = factor * gamma * discount[:, k]
-        found.append(total + factor * value[:, k] - value[:, t])
-    return torch.stack(found, 1)
-
-
-class Optimizer:
-    """Adam as TensorFlow computes it, after a clip of the gradient's global norm and a decay that lr does not scale.
-
-    param = (1 - decay) param - lr_t m / (sqrt(v) + eps),  lr_t = lr sqrt(1 - B2^t) / (1 - B1^t)
-    torch.optim.Adam divides v by 1 - B2^t before it adds eps, which makes the first thousand steps longer."""
-
-    B1, B2, CLIP = 0.9, 0.999, 100.0
-
-    def __init__(self, params, lr: float, eps: float, decay: float):
-        self.params, self.lr, self.eps, self.decay, self.state = list(params), lr, eps, decay, None
-
-    @torch.no_grad()
-    def step(self) -> Tensor:
-        """Returns the gradient's norm before the clip, ()."""
-        params, grads = self.params, [p.grad for p in self.params]
-        if self.state is None:
-            count = torch.zeros((), device=params[0].device)
-            self.state = {"count": count, "m": [*map(torch.zeros_like, params)], "v": [*map(torch.zeros_like, params)]}
-        count, m, v = self.state.values()
-        norm = nn.utils.clip_grad_norm_(params, self.CLIP)
-        if self.decay:
-            torch._foreach_mul_(params, 1 - self.decay)
-        count += 1
-        torch._foreach_lerp_(m, grads, 1 - self.B1)
-        torch._foreach_mul_(v, self.B2)
-        torch._foreach_addcmul_(v, grads, grads, 1 - self.B2)
-        denominator = torch._foreach_sqrt(v)
-        torch._foreach_add_(denominator, self.eps)
-        torch._foreach_div_(denominator, self.lr * (1 - self.B2**count).sqrt() / (1 - self.B1**count))
-        torch._foreach_addcdiv_(params, m, denominator, -1.0)
-        return norm
-
-    def state_dict(self) -> dict:
-        return self.state or {}
-
-    def load_state_dict(self, state: dict) -> None:
-        device = self.params[0].device
-        if state:
-            moments = {name: [part.to(device) for part in state[name]] for name in ("m", "v")}
-            self.state = {"count": state["count"].to(device), **moments}
 
 
 class Agent(nn.Module):
@@ -569,14 +442,13 @@ class Agent(nn.Module):
         self.critic_target.requires_grad_(False)
         rates = {"model": args.model_lr, "actor": args.actor_lr, "critic": args.critic_lr}
         self.optimizers = {
-            name: Optimizer(getattr(self, name).parameters(), rate, eps=1e-5, decay=1e-6)
-            for name, rate in rates.items()
+            # the decay is 1e-6 a step, whatever the rate
+            name: torch.optim.AdamW(getattr(self, name).parameters(), lr, eps=1e-5, weight_decay=1e-6 / lr, fused=True)
+            for name, lr in rates.items()
         }
 
     def autocast(self):
-        return torch.autocast(
-            torch.device(self.args.device).type, torch.bfloat16, enabled=self.args.precision == "bf16"
-        )
+        return torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.precision == "bf16")
 
     def model_loss(self, batch: Sequences) -> tuple[Tensor, State, Metrics]:
         """Negative evidence bound of windows, and their states (B, T, ...) without gradient."""
@@ -601,21 +473,14 @@ class Agent(nn.Module):
         reward_loss = normal_nll(reward, batch.reward) / reward.numel()
         loss = image_loss + reward_loss + kl_loss
         metrics = {"loss": loss, "image_loss": image_loss, "reward_loss": reward_loss, "kl": train_prior}
-        metrics |= {
-            "post_entropy": categorical_entropy(post).mean(),
-            "prior_entropy": categorical_entropy(prior).mean(),
-        }
         states = State(*(part.detach() for part in states))
         return loss, states, {f"model/{name}": value.detach() for name, value in metrics.items()}
 
     def penalty(self, state: State) -> Tensor:
-        """Disagreement of the priors on arriving at a state. (M, ...)  ->  (M,)."""
-        args = self.args
-        if args.penalty == "none":
-            return state.deter.new_zeros(len(state.deter))
-        shape = args.stoch, args.classes
-        logits = self.model.rssm.priors(state.deter).unflatten(-1, shape)  # (N, M, S, K)
-        return PENALTY[args.penalty](logits, state.stoch.unflatten(-1, shape))
+        """Deviation over the priors of the normalised logits, on arriving at a state. (M, ...)  ->  (M,). Unnormalised
+        logits carry an offset per variable that means nothing (DIFF 1)."""
+        logits = self.model.rssm.priors(state.deter).unflatten(-1, (self.args.stoch, self.args.classes))  # (N, M, S, K)
+        return logits.log_softmax(-1).std(0, correction=0).mean((-2, -1))
 
     def imagine(self, state: State) -> tuple[list[State], list[TruncatedNormal], list[Tensor]]:
         """The actor's rollout from states (M, ...)  ->  H + 1 states (M, ...), policies, and actions (M, A).
@@ -626,7 +491,7 @@ class Agent(nn.Module):
         states, policies, actions = [state], [], []
         for t in range(self.args.horizon + 1):
             policies.append(self.actor(states[t].feat.detach()))
-            actions.append(policies[t].sample(self.args.actor_sample_grad))
+            actions.append(policies[t].sample())
             if t < self.args.horizon:
                 states.append(self.model.rssm.imagine(states[t], actions[t]))
         return states, policies, actions
@@ -637,7 +502,7 @@ class Agent(nn.Module):
 
         index      0       1    ...  H-1    H
         feat       data    imagined  ...    imagined
-        reward     -       r^1  ...  r^H-1  r^H       penalised, on arrival
+        reward     -       r^1  ...  r^H-1  r^H       penalised, on arrival; under --value dreamer r^0 .. r^H-1
         V0         min_i Q_i(feat, action)  ...
         loss       Vhat^0  ...       Vhat^H-1         the first one: the actor's action in a state of the data"""
         args = self.args
@@ -650,54 +515,48 @@ class Agent(nn.Module):
         entropy = torch.stack([policy.entropy() for policy in policies[:-1]])
         assert reward.shape == entropy.shape == (args.horizon, action.shape[1])
         if args.value == "expansion":
-            _, value = expand_values(reward, self.critic(feat, action).amin(0), args.gamma, args.td_lambda)
-            loss = -(value + args.actor_ent * entropy).mean()
-        else:
-            loss, value = self.dreamer_actor_loss(feat, action, reward, entropy)
-        imitation, kept = self.imitation_loss(start, batch, worth)
-        metrics = {"actor/loss": loss, "actor/entropy": entropy.mean(), "bc/loss": imitation, "bc/kept": kept}
-        metrics |= {"imag/value": value.mean(), "imag/reward": model_reward.mean()}
+            _, hat = expand_values(reward, self.critic(feat, action).amin(0), args.gamma, args.td_lambda)
+            loss = -(hat + args.actor_ent * entropy).mean()
+        else:  # the actor cannot change state 0; entropy^0 goes with state 1
+            hat, _ = expand_values(reward, self.critic_target(feat, action)[0], args.gamma, args.td_lambda)
+            weight = args.gamma ** torch.arange(args.horizon - 1, device=feat.device)[:, None]
+            loss = -(weight * (hat[1:] + args.actor_ent * entropy[:-1])).mean()
+        # row       t          t+1          arrival rows: the action that was taken in feat[t] lies in the next row
+        # feat      feat[t]
+        # action               action[t+1]
+        # f                    worth[t+1]   of the whole episode
+        log_prob = truncated_log_prob(self.actor(start.feat[:, :-1]), batch.action[:, 1:])
+        assert log_prob.shape == worth[:, 1:].shape  # (B, T - 1)
+        imitation = -(worth[:, 1:] * log_prob).mean()  # DIFF 5
+        metrics = {"actor/loss": loss, "actor/entropy": entropy.mean(), "bc/loss": imitation}
+        metrics["bc/kept"] = worth[:, 1:].mean()
+        metrics |= {"imag/value": hat.mean(), "imag/reward": model_reward.mean()}
         metrics |= {"imag/penalty": penalty.mean(), "imag/penalty_std": penalty.std(correction=0)}
         rollout = [part.detach() for part in (feat, action, reward)]
         return loss + args.bc_coef * imitation, rollout, {name: value.detach() for name, value in metrics.items()}
-
-    def imitation_loss(self, start: State, batch: Sequences, worth: Tensor) -> tuple[Tensor, Tensor]:
-        """-mean f log pi(a | s) over the data's pairs, and the mean of f.
-
-        row       t          t+1
-        feat      feat[t]                 arrival rows: the action that was taken in feat[t] lies in the next row
-        action               action[t+1]
-        f                    worth[t+1]   of the whole episode; under --bc-filter advantage of this action"""
-        worth = worth[:, 1:]
-        if self.args.bc_filter == "advantage":
-            with torch.no_grad():
-                value = self.critic(start.feat, self.actor(start.feat).sample("reference")).amin(0)
-                advantage = data_advantage(batch.reward, batch.discount, value, self.args.gamma, self.args.horizon)
-                worth = (advantage > 0).float()
-        log_prob = truncated_log_prob(self.actor(start.feat[:, :-1]), batch.action[:, 1:])
-        assert log_prob.shape == worth.shape  # (B, T - 1)
-        return -(worth * log_prob).mean(), worth.mean()  # DIFF 5
 
     def critic_loss(self, rollout: list[Tensor], batch: Sequences) -> tuple[Tensor, Metrics]:
         """Eq. 9: Eq. 7 on the rollout, feat (H + 1, M, F), action (H + 1, M, A), reward (H, M), and Eq. 8 on the data,
         whose states are the rollout's first."""
         args, (feat, action, reward) = self.args, rollout
-        if args.value == "dreamer":
-            return self.dreamer_critic_loss(feat, action, reward)
         with torch.no_grad():
-            value = self.critic_target(feat, action).amin(0)
-            model_target, hat = expand_values(reward, value, args.gamma, args.td_lambda)
+            v0_bar = self.critic_target(feat, action).amin(0)  # (H + 1, M)
+            model_target, _ = expand_values(reward, v0_bar, args.gamma, args.td_lambda)
         q = self.critic(feat[:-1], action[:-1])
         assert q.shape[1:] == model_target.shape  # (2, H, M), (H, M)
+        if args.value == "dreamer":
+            weight = args.gamma ** torch.arange(args.horizon, device=feat.device)[:, None]
+            loss = (weight * 0.5 * (q[0] - model_target).square()).mean()
+            return loss, {"critic/loss": loss.detach(), "critic/q": q.detach().mean()}
         model_loss = (model_target - q).square().mean((1, 2)).sum()  # Eq. 7; the sum: over the two critics
         # row       j          j+1                                          arrival rows
         # state     feat[j]    feat[j+1]
         # data                 action[j+1], reward[j+1], discount[j+1]
-        # value                V0bar of the actor's own action in feat[j+1]
+        # value                V0bar of the actor's own action in feat[j+1] (DIFF 2)
         shape = batch.reward.shape  # (B, T)
         data_feat = feat[0].unflatten(0, shape)
-        following = (value if args.data_target == "v0" else hat)[0].unflatten(0, shape)[:, 1:]  # DIFF 2
-        data_target = batch.reward[:, 1:] + args.gamma * batch.discount[:, 1:] * following
+        next_value = v0_bar[0].unflatten(0, shape)[:, 1:]
+        data_target = batch.reward[:, 1:] + args.gamma * batch.discount[:, 1:] * next_value
         q_data = self.critic(data_feat[:, :-1], batch.action[:, 1:])
         assert q_data.shape[1:] == data_target.shape
         data_loss = (data_target - q_data).square().mean((1, 2)).sum()
@@ -706,51 +565,15 @@ class Agent(nn.Module):
         metrics |= {"q": q.mean(), "q_data": q_data.mean()}
         return loss, {f"critic/{name}": value.detach() for name, value in metrics.items()}
 
-    # ---- --value dreamer: DreamerV2's (2010.02193) losses, as in offline_dv2.py ----
-
-    def dreamer_actor_loss(
-        self, feat: Tensor, action: Tensor, reward: Tensor, entropy: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """-(lambda-returns + entropy), weighted 1, gamma ... Returns loss () and lambda-returns of states 0 .. H-1.
-
-        index      0       1    ...  H-1    H
-        reward     r^0     r^1  ...  r^H-1          of the state itself
-        value      -       V^1  ...  V^H-1  V^H     by the target critic, which sees the state alone
-        loss       -       1    ...  gamma^H-2      the actor cannot change state 0; entropy^0 goes with state 1"""
-        args = self.args
-        value = lambda_return(reward, self.critic_target(feat[1:], action[1:])[0], args.gamma, args.td_lambda)
-        weight = args.gamma ** torch.arange(args.horizon - 1, device=feat.device)[:, None]
-        return -(weight * (value[1:] + args.actor_ent * entropy[:-1])).mean(), value
-
-    def dreamer_critic_loss(self, feat: Tensor, action: Tensor, reward: Tensor) -> tuple[Tensor, Metrics]:
-        """To lambda-returns of states 0 .. H-1, own rewards included, weighted 1, gamma ..."""
-        args = self.args
-        with torch.no_grad():
-            target = lambda_return(reward, self.critic_target(feat[1:], action[1:])[0], args.gamma, args.td_lambda)
-        value = self.critic(feat[:-1], action[:-1])[0]
-        assert value.shape == target.shape  # (H, M)
-        weight = args.gamma ** torch.arange(len(target), device=feat.device)[:, None]
-        loss = (weight * 0.5 * (value - target).square()).mean()
-        return loss, {"critic/loss": loss.detach(), "critic/q": value.detach().mean()}
-
-    def update_model(self, batch: Sequences) -> Metrics:
-        """One gradient step of the world model alone."""
-        with self.autocast():
-            loss, _, metrics = self.model_loss(batch)
-        return metrics | {"model/grad_norm": self.minimize("model", loss)}
-
-    def update(self, batch: Sequences, worth: Tensor, *agent_batch: Tensor) -> Metrics:
-        """One gradient step of model, actor and critics. worth (B, T): f for the agent's windows, which are those of
-        the model unless they are given apart (DIFF 3), as the parts of a Sequences: a CUDA graph copies one batch and
-        loose tensors, see accelerate."""
+    def update(self, batch: Sequences, worth: Tensor | None) -> Metrics:
+        """One gradient step of model, actor and critics, from one batch (DIFF 3). worth (B, T): f of its rows; None:
+        of the model alone (DIFF 9)."""
         with self.autocast():
             model_loss, states, metrics = self.model_loss(batch)
         metrics["model/grad_norm"] = self.minimize("model", model_loss)
+        if worth is None:
+            return metrics
         with self.autocast():
-            if agent_batch:
-                batch = Sequences(*agent_batch)
-                with torch.no_grad():
-                    states = self.filter(batch)
             actor_loss, rollout, actor_metrics = self.actor_loss(states, batch, worth)
         metrics["actor/grad_norm"] = self.minimize("actor", actor_loss)
         with self.autocast():
@@ -758,67 +581,27 @@ class Agent(nn.Module):
         metrics["critic/grad_norm"] = self.minimize("critic", critic_loss)
         return metrics | actor_metrics | critic_metrics
 
-    def update_target(self, step: int) -> None:
-        """After update number `step`."""
-        if self.args.tau:
-            with torch.no_grad():
-                pair = [*self.critic_target.parameters()], [*self.critic.parameters()]
-                torch._foreach_lerp_(*pair, self.args.tau)
-        elif step % self.args.target_every == 0:
-            self.critic_target.load_state_dict(self.critic.state_dict())
-
     def minimize(self, name: str, loss: Tensor) -> Tensor:
         """One step of an optimiser on its own parameters; no gradient is computed for others. Returns the
         gradient's norm before the clip, ()."""
         optimizer = self.optimizers[name]
-        for parameter in optimizer.params:
-            parameter.grad = None
-        loss.backward(inputs=optimizer.params)
-        return optimizer.step()
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.zero_grad()
+        loss.backward(inputs=params)
+        norm = nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
+        optimizer.step()
+        return norm
 
     @torch.no_grad()
-    def act(self, obs: Tensor, action: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """The actor's mode, and the filter's next state. obs (B, 3, 64, 64) uint8, arrived at by action (B, A); state:
-        what the last call returned, None at an episode's first image."""
+    def act(self, obs: Tensor, action: Tensor, state: State | None, draw: bool = False) -> tuple[Tensor, State]:
+        """The actor's mode, or a draw, and the filter's next state. obs (B, 3, 64, 64) uint8, arrived at by action
+        (B, A); state: what the last call returned, None at an episode's first image."""
         first = torch.full((len(obs), 1), state is None, device=obs.device)
         embed = self.model.embed(obs)[:, None]
-        states, _ = self.model.rssm.observe(embed, action[:, None], first, state, self.args.eval_state_mode)
+        states, _ = self.model.rssm.observe(embed, action[:, None], first, state)
         state = State(*(part[:, 0] for part in states))
-        return self.actor(state.feat).loc, state
-
-    @torch.no_grad()
-    def explore(self, obs: Tensor, action: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """act() with an action drawn from the actor, in a state that is drawn whatever --eval-state-mode says."""
-        first = torch.full((len(obs), 1), state is None, device=obs.device)
-        states, _ = self.model.rssm.observe(self.model.embed(obs)[:, None], action[:, None], first, state)
-        state = State(*(part[:, 0] for part in states))
-        return self.actor(state.feat).sample("reference"), state
-
-    def filter(self, batch: Sequences) -> State:
-        """States of windows, from their images. -> (B, T, ...)."""
-        return self.model.rssm.observe(self.model.embed(batch.image), batch.action, batch.is_first)[0]
-
-    # ---- for benchmarks/inspect_world_model.py ----
-
-    def roll(self, batch: Sequences, context: int) -> State:
-        """States of windows: filtered for the first `context` rows, imagined under their actions after them."""
-        states = self.filter(Sequences(*(part[:, :context] for part in batch)))
-        rows = [State(*parts) for parts in zip(*(part.unbind(1) for part in states))]
-        for t in range(context, batch.action.shape[1]):
-            rows.append(self.model.rssm.imagine(rows[-1], batch.action[:, t]))
-        return State(*(torch.stack(parts, 1) for parts in zip(*rows)))
-
-    @torch.no_grad()
-    def reconstruct(self, batch: Sequences) -> Tensor:
-        """What the decoder makes of the filtered states. -> (B, T, 3, 64, 64) in about [-0.5, 0.5]."""
-        return self.model.decode(self.filter(batch).feat)
-
-    @torch.no_grad()
-    def open_loop(self, batch: Sequences, context: int = 5) -> Tensor:
-        """What it makes of roll()'s: `context` images are seen, the rest follows from actions. -> (B, T, 3, 64, 64)."""
-        return self.model.decode(self.roll(batch, context).feat)
-
-    # ---- checkpoints ----
+        policy = self.actor(state.feat)
+        return policy.sample() if draw else policy.loc, state
 
     def get_extra_state(self) -> dict:
         """What torch adds to state_dict(): the optimisers. What else an update changes belongs here, for resume."""
@@ -834,172 +617,192 @@ def normal_nll(mean: Tensor, x: Tensor) -> Tensor:
     return 0.5 * F.mse_loss(mean, x, reduction="sum") + 0.5 * math.log(2 * math.pi) * x.numel()
 
 
-def worth_imitating(buffer: SequenceBuffer, args: Args) -> Tensor:
-    """f of each row of the buffer, 1 or 0 by its episode; of the room for later episodes 0. -> (rows,) float32.
+# ==== Online ====
+
+
+class OnlineBuffer(common.SequenceBuffer):
+    """The set's windows, then those of the run's own episodes, for which there are `rows` rows. They lie in
+    memory-mapped arrays of full size in the run's folder; a checkpoint says how long those are that count."""
+
+    def __init__(self, dataset: common.Dataset, args: Args, rows: int):
+        super().__init__(dataset, args.batch_size, args.window, args.seed, args.device, args.buffer_device)
+        self.set_rows, self.rows = len(self.reward), rows
+        self.online, self.files = [], {}  # rows of each own episode; name -> array
+        for name in ("action", "reward", "discount", "is_first"):
+            column = getattr(self, name)
+            setattr(self, name, torch.cat([column, column.new_zeros(rows, *column.shape[1:])]))
+
+    def open(self, folder: Path) -> None:
+        """Takes the space of all episodes on the disk, and reads in those that count. Raises UserError."""
+        folder.mkdir(exist_ok=True)
+        shapes = {"image": (3, SIZE, SIZE), "action": (self.action_dim,), "reward": (), "discount": ()}
+        for name, shape in shapes.items():
+            file = folder / f"{name}.npy"
+            if not self.online:
+                try:
+                    array = np.lib.format.open_memmap(file, "w+", common.ARRAYS[name], (self.rows, *shape))
+                    if hasattr(os, "posix_fallocate"):  # macOS has none
+                        with open(file, "r+b") as handle:  # a full disk would be a bus error later
+                            os.posix_fallocate(handle.fileno(), 0, array.offset + array.nbytes)
+                except OSError as error:
+                    reason = f"no room for {self.rows:,} rows of own episodes ({error.strerror})"
+                    raise UserError(f"{file}: {reason}") from None
+            self.files[name] = np.load(file, mmap_mode="r+")
+        frames = torch.from_numpy(self.files["image"])
+        self.images.append(frames.to(self.device) if self.on_gpu else frames)
+        for episode in range(len(self.online)):
+            self.take_in(episode)
+
+    def add(self, images: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminal: bool) -> None:
+        """One episode: images (T+1, 3, S, S) uint8, actions (T, A), rewards (T,); stored as arrival rows."""
+        first, last = sum(self.online), sum(self.online) + len(actions)
+        self.files["image"][first : last + 1] = images
+        for name, values in {"action": actions, "reward": rewards, "discount": 1}.items():
+            self.files[name][first] = name == "discount"
+            self.files[name][first + 1 : last + 1] = values
+        self.files["discount"][last] = not terminal
+        self.online.append(len(images))
+        self.take_in(len(self.online) - 1)
+
+    def take_in(self, episode: int) -> None:
+        """Makes windows of an episode of the files."""
+        first, count = sum(self.online[:episode]), self.online[episode]
+        ours = slice(self.set_rows + first, self.set_rows + first + count)
+        for name in ("action", "reward", "discount"):
+            getattr(self, name)[ours] = torch.from_numpy(self.files[name][first : first + count])
+        self.is_first[ours.start] = True
+        if self.on_gpu:
+            self.images[-1][first : first + count] = torch.from_numpy(self.files["image"][first : first + count])
+        self.set_lengths(torch.cat([self.lengths, torch.tensor([count])]))
+
+    def played(self, repeat: int) -> dict[str, int]:
+        """Own episodes so far, and the simulation steps in them."""
+        return {"episodes": len(self.online), "env_steps": repeat * (sum(self.online) - len(self.online))}
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"online": self.online}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.online = list(state["online"])
+
+
+def worth_imitating(buffer: OnlineBuffer, args: Args) -> Tensor:
+    """f of each row of the buffer, 1 or 0 by its episode; 0 where no episode is yet. -> (rows,) float32.
 
     success: the episode has a step of at least --bc-success-reward. return: its return is above the quantile of all
-    episodes' returns, or equal to the highest. none: no row. all, advantage: every row; imitation_loss decides."""
-    worth = torch.zeros(buffer.num_rows, device=buffer.device)
-    if args.bc_filter == "none":
-        return worth
-    count = int(buffer.lengths.sum())
-    good = torch.ones(len(buffer.lengths))
+    episodes' returns, or equal to the highest. all: every episode."""
+    count, worth = int(buffer.lengths.sum()), torch.zeros_like(buffer.reward)
     episodes = buffer.reward[:count].cpu().split(buffer.lengths.tolist())
+    highest, returns = (torch.stack([of(episode) for episode in episodes]) for of in (torch.max, torch.sum))
+    good = torch.ones(len(episodes), dtype=torch.bool)
     if args.bc_filter == "success":
-        good = torch.stack([episode.max() >= args.bc_success_reward for episode in episodes]).float()
+        good = highest >= args.bc_success_reward
     if args.bc_filter == "return":
-        returns = torch.stack([episode.sum() for episode in episodes])
-        good = ((returns > returns.quantile(args.bc_quantile)) | (returns == returns.max())).float()
-    worth[:count] = good.repeat_interleave(buffer.lengths).to(buffer.device)
+        good = (returns > returns.quantile(args.bc_quantile)) | (returns == returns.max())
+    worth[:count] = good.float().repeat_interleave(buffer.lengths).to(buffer.device)
     return worth
 
 
-# ==== Environment ====
-
-
-def online_episode(agent: Agent, pool: EnvPool, args: Args, number: int) -> tuple:
-    """Plays episode `number` with drawn actions. -> images (T+1, 3, S, S), actions (T, A), rewards (T,), terminal."""
-    obs = pool.reset([(ONLINE_SEED + 100_000 * args.seed + number) % 2**32])
-    images, actions, rewards, terminal = [obs[0]], [], [], [False]
-    action, state = np.zeros((1, agent.action_dim), np.float32), None
+@torch.no_grad()
+def play(agent: Agent, pool: EnvPool, args: Args, seeds, draw: bool = False) -> tuple[np.ndarray, ...]:
+    """Episodes of the actor on filtered states. Returns images (T+1, B, 3, S, S), actions (T, B, A), rewards (T, B),
+    terminal (B,)."""
     agent.eval()
+    obs, state, action = pool.reset(seeds), None, np.zeros((pool.count, agent.action_dim), np.float32)
+    images, actions, rewards, terminal = [obs], [], [], np.zeros(pool.count, bool)
     while not pool.done.all():
-        arrays = (torch.from_numpy(array).to(args.device) for array in (obs, action))
-        chosen, state = agent.explore(*arrays, state)
+        chosen, state = agent.act(*(torch.from_numpy(x).to(args.device) for x in (obs, action)), state, draw)
         action = chosen.cpu().numpy()
         if not np.isfinite(action).all():
-            raise UserError(f"online episode {number}: the actor's action is not finite; the checkpoints are kept")
-        obs, reward, terminal = pool.step(action)
-        images.append(obs[0])
-        actions.append(action[0])
-        rewards.append(reward[0])
+            raise UserError("an action of the actor is not finite; the checkpoint is kept")
+        obs, reward, ended = pool.step(action)
+        terminal |= ended
+        for found, array in ((images, obs), (actions, action), (rewards, reward)):
+            found.append(array)
     agent.train()
-    return np.stack(images), np.stack(actions), np.array(rewards), bool(terminal[0])
-
-
-def played(online: OnlineSet, repeat: int) -> dict[str, int]:
-    """Online episodes so far, and the simulation steps in them."""
-    count = len(online.lengths)
-    return {"episodes": count, "env_steps": repeat * (sum(online.lengths) - count)}
+    return np.stack(images), np.stack(actions), np.stack(rewards), terminal
 
 
 # ==== Evaluation ====
 
 
 def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.ndarray]]:
-    """The actor's mode on filtered states, the same episodes and the same posterior draws every time. Returns score and
-    every return, frames of the first episode."""
-    agent.eval()
-    obs, returns, frames = pool.reset(EVAL_SEED + np.arange(pool.count)), np.zeros(pool.count), []  # DIFF 6
-    action, state = np.zeros((pool.count, agent.action_dim), np.float32), None
-    devices = [torch.cuda.current_device()] if args.device.startswith("cuda") else []
+    """The actor's mode, the same episodes and the same posterior draws every time (DIFF 6). Returns score and every
+    return, frames of the first episode."""
+    devices = [torch.cuda.current_device()] if args.device == "cuda" else []
     with torch.random.fork_rng(devices):  # how often one evaluates does not change the training's draws
-        torch.manual_seed(EVAL_SEED)
-        while not pool.done.all():
-            frames.append(obs[0].copy())  # a view would keep the frames of all episodes
-            images, last = (torch.from_numpy(array).to(args.device) for array in (obs, action))
-            chosen, state = agent.act(images, last, state)
-            action = chosen.cpu().numpy()
-            obs, reward, _ = pool.step(action)  # reward is 0 where the episode is over
-            returns += reward
-    agent.train()
-    return pool.summary(returns), frames
+        torch.manual_seed(common.EVAL_SEED)
+        images, _, rewards, _ = play(agent, pool, args, common.EVAL_SEED + np.arange(pool.count))
+    return pool.summary(rewards.sum(0)), list(images[:, 0])
 
 
 def evaluate_run(args: Args) -> None:
     """--evaluate RUN: scores a finished run's weights on --eval-episodes episodes and writes a video."""
-    args, facts, weights = load_run(args)
-    pool = evaluation_pool(args, facts, 1)
+    facts, weights = common.load_run(args)
+    pool = common.evaluation_pool(args, facts, 1)
     agent = Agent(args, facts["action_dim"]).to(args.device)
     agent.load_state_dict(weights)
     metrics, frames = evaluate(agent, pool, args)
-    print(pool.describe(metrics))
-    save_video(Path(args.evaluate) / "evaluation.mp4", frames)
+    print(", ".join(f"{name} {np.round(value, 1)}" for name, value in metrics.items()))
+    common.save_video(Path(args.evaluate) / "evaluation.mp4", frames)
 
 
 def main(args: Args) -> None:
     if args.evaluate:
         return evaluate_run(args)
-    if args.value == "dreamer" and args.bc_filter == "advantage":
-        raise UserError("--bc-filter advantage needs --value expansion: dreamer's values include a state's own reward")
-    if not 0 <= args.bc_quantile <= 1:
-        raise UserError(f"--bc-quantile {args.bc_quantile}: from 0 to 1")
-    if args.window < 2:
-        raise UserError(f"--window {args.window}: at least 2, an action and where it was taken")
-    if args.horizon < 2 and args.value == "dreamer":
-        raise UserError(f"--horizon {args.horizon}: at least 2, the actor's first own reward is that of step 1")
-    if args.offline_from and not args.online_episodes:
-        raise UserError(f"--offline-from {args.offline_from}: the online phase alone; also give --online-episodes")
-    if args.offline_from and not args.tag:
-        raise UserError(f"--offline-from {args.offline_from}: also give a --tag, such a run is no standard row")
-    dataset = open_dataset(args, size=64)  # 64 px if it is a standard set (made on the spot if missing)
+    dataset = common.open_dataset(args, SIZE)  # a standard set is made on the spot if it is missing
     if dataset.size != SIZE:
         raise UserError(f"{dataset.path} has images of {dataset.size} px; the decoder gives {SIZE}")
-    if args.online_episodes and dataset.task == "own":
-        raise UserError(f"{dataset.path} names no task to collect in; --online-episodes 0")
     if args.offline_from:
-        args.offline_steps = 0
-        args.model_first = 0
+        args.offline_steps = args.model_first = 0
     if args.offline_steps is None:
         args.offline_steps = dataset.num_transitions  # DIFF 8
-    if args.model_first > args.offline_steps:
-        raise UserError(f"--offline-steps {args.offline_steps}: fewer than --model-first {args.model_first}; give both")
-    run = start_run(args, dataset, MODEL_FLAGS)  # folder, lock, config.json, copies of the code; seeds generators
-    pool = evaluation_pool(args, dataset.facts(), 1)  # its workers neither import this file nor touch CUDA
-    online, episode_pool = None, None
+    run = common.Run(args, dataset)  # its folder and lock; seeds torch and NumPy
+    pool = common.evaluation_pool(args, dataset.facts(), 1)
+    rows, repeat = 0, 1
     if args.online_episodes:
-        episode_pool = EnvPool(args.task, SIZE, 1, 1, dataset.render, episode_steps=args.episode_steps)
-        length, repeat = episode_pool.call("clock", [()])[0]
-        actions = episode_pool.call("action_size", [()])[0]
-        if actions != dataset.action_dim:
-            raise UserError(f"{dataset.path} has {dataset.action_dim} action dimensions, {args.task} {actions}")
-        if length + 1 < args.window:
-            raise UserError(f"online episodes have {length + 1} rows, --window {args.window} needs as many")
-        online = OnlineSet(run.path / "online", args.online_episodes * (length + 1), SIZE, dataset.action_dim)
+        alone = replace(args, eval_episodes=1, eval_every=1)
+        episode_pool = common.evaluation_pool(alone, dataset.facts(), 1)
+        repeat = episode_pool.spec["action_repeat"]
+        rows = args.online_episodes * (episode_pool.spec["episode_steps"] + 1)
     agent = Agent(args, dataset.action_dim).to(args.device)
-    update, update_model = (accelerate(agent, name, args) for name in ("update", "update_model"))
-    buffer = SequenceBuffer(dataset, args.batch_size, args.window, args.seed, args.device, args.buffer_device,
-                            online=online)  # fmt: skip
-    step = run.load_checkpoint(agent=agent, buffer=buffer)  # 0 for a new run
+    common.accelerate(agent, args)
+    if args.offline_from and not run.checkpoint.exists():
+        agent.load_state_dict(common.read(f"{args.offline_from}/offline.pt"))
+    buffer = OnlineBuffer(dataset, args, rows)
+    step = run.begin(agent=agent, buffer=buffer)  # 0, or where the checkpoint was written
+    if args.online_episodes:
+        buffer.open(run.path / "online")
     worth = worth_imitating(buffer, args)
-    if args.bc_filter == "success" and not worth.any():
-        best = f"the highest reward is {buffer.reward.max().item():g}, --bc-success-reward {args.bc_success_reward:g}"
-        print(f"note: no episode counts as solved, none is imitated: {best}")
-    if args.offline_from and step == 0:
-        load_offline(agent, args)
-        if pool:  # where the curve begins
-            run.log("eval", step, evaluate(agent, pool, args)[0] | played(online, repeat))
+    if args.offline_from and step == 0 and pool:  # where the curve begins
+        run.log("eval", step, evaluate(agent, pool, args)[0] | buffer.played(repeat))
     while step < args.steps:
         phase = "model" if step < args.model_first else "offline" if step < args.offline_steps else "online"
         if phase == "online" and (step - args.offline_steps) % args.updates_per_episode == 0:
-            images, actions, rewards, terminal = online_episode(agent, episode_pool, args, len(online.lengths))
-            buffer.add(images, actions, rewards, terminal)
-            run.log("episodes", step + 1, episode_pool.summary(rewards.sum(keepdims=True)) | played(online, repeat))
+            seed = (ONLINE_SEED + 100_000 * args.seed + len(buffer.online)) % 2**32
+            images, actions, rewards, terminal = play(agent, episode_pool, args, [seed], draw=True)
+            buffer.add(images[:, 0], actions[:, 0], rewards[:, 0], terminal[0])
+            run.log("episodes", step + 1, episode_pool.summary(rewards.sum(0)) | buffer.played(repeat))
             worth = worth_imitating(buffer, args)
         batch = buffer.sample()
-        if phase == "model":
-            metrics = update_model(batch)  # DIFF 9
-        elif args.agent_batch_size:
-            other = buffer.sample(count=args.agent_batch_size)
-            metrics = update(batch, worth[other.row], *other)
-        else:
-            metrics = update(batch, worth[batch.row])
+        metrics = agent.update(batch, None if phase == "model" else worth[batch.row])
         step += 1
-        agent.update_target(step)
-        if run.log_due(step, metrics):
+        if step % args.target_every == 0:
+            agent.critic_target.load_state_dict(agent.critic.state_dict())
+        run.advance(step)
+        if run.log_due:
             run.log(phase, step, {name: value.item() for name, value in metrics.items()})  # the only .item()
-        if step == args.offline_steps:
-            run.save_offline(agent)
-        if pool and (run.eval_due(step) or step == args.offline_steps):
+        if step == args.offline_steps:  # for another run's --offline-from, optimisers included
+            common.write_atomically(run.path / "offline.pt", agent.state_dict())
+        if pool and (run.eval_due or step == args.offline_steps):
             metrics, frames = evaluate(agent, pool, args)
-            run.log("eval", step, metrics | (played(online, repeat) if online else {}))
+            run.log("eval", step, metrics | (buffer.played(repeat) if args.online_episodes else {}))
             if step == args.steps:
-                save_video(run.path / "evaluation.mp4", frames)
-        if online and step == args.steps:
-            online.finish(args.task, dataset.render)
-        if run.checkpoint_due(step):
+                common.save_video(run.path / "evaluation.mp4", frames)
+        if run.checkpoint_due:
             run.save_checkpoint(step, agent=agent, buffer=buffer)
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, TUNED, QUICK))
+    main(common.parse_args(Args, TUNED, QUICK))

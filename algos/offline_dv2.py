@@ -13,24 +13,21 @@ actor and a critic trained inside it on the reward minus the disagreement of an 
 
 Dims: B windows, T rows of a window, M = B T states, H horizon, A action, E embedding, S stoch, K classes, D deter,
 F = S K + D feat, N ensemble.
-Differs from the released code (marked DIFF n where it happens):
-  DIFF 1: 800 and 2,400 epochs (Table 7), that is 25,000 and 75,000 updates for 100,000 transitions; theirs 25,100 and
-          200,000 for any set, after a joint update of model and agent.
-  DIFF 2: penalty_coef 10, 3 for random sets, 8 for walker-walk mixed: from memory of the paper. Its text on arXiv, as
-          far as it could be read, has the range 3 to 10 and these exceptions, not the values: unverified. The released
-          code has 5 (its README 10), and no penalty at all unless told.
+Differs from the released code (marked DIFF n where it happens; docs/offline_dv2.md has the reasons):
+  DIFF 1: 800 and 2,400 epochs (Table 7) of a set of any size; theirs 25,100 and 200,000 updates, after a joint one.
+  DIFF 2: penalty_coef 10, 3 for random sets, 8 for walker-walk mixed, in the paper's range of 3 to 10; theirs 5.
   DIFF 3: the critic's target starts as its copy; theirs is another network until the first update is over.
   DIFF 4: the encoder is frozen and deterministic in the second phase, so the set is embedded once: the same numbers.
   DIFF 5: --precision auto is bf16 autocast where the hardware has it; theirs float16 with a scaled loss.
-  DIFF 6: an evaluation is ten seeded episodes, the last one of the final weights; theirs is one, unseeded, every 200
-          updates, none of the final weights.
+  DIFF 6: an evaluation is ten seeded episodes, the last one of the final weights; theirs is one, unseeded.
+  DIFF 7: AdamW adds eps to the corrected root of the second moment; theirs to the raw one: first steps are shorter.
 Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
 
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -38,21 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside, or one above
-from common import (  # noqa: E402
-    EVAL_SEED,
-    EnvPool,
-    SequenceBuffer,
-    Sequences,
-    UserError,
-    accelerate,
-    evaluation_pool,
-    load_model,
-    load_run,
-    open_dataset,
-    parse_args,
-    save_video,
-    start_run,
-)
+import common  # noqa: E402
+from common import Count, EnvPool, Rate, Sequences, Share, UserError, Weight, Whole  # noqa: E402
 
 Metrics = dict[str, Tensor]
 
@@ -63,48 +47,43 @@ class Args:
     dataset: str = "random"  # random, mixed, medium, medexp, expert, or the path of a set you made
     source: Literal["made", "vd4rl"] = "made"  # made: rendered here; vd4rl: the imported official set
     data_dir: str | None = None  # where sets are; None: $CLEANPIXELS_DATA, else datasets/ beside common.py
-    transitions: int | None = None  # a smaller made set of so many transitions
-    data_seed: int = 0  # seed of a made set
-    seed: int = 0  # of weights, sampling and imagination; evaluation has seeds of its own
+    transitions: Count | None = None  # a smaller made set of so many transitions
+    data_seed: Whole = 0  # seed of a made set
+    seed: Whole = 0  # of weights, sampling and imagination; evaluation has seeds of its own
     tag: str = ""  # tells apart runs of the same task, set and seed with other flags
     runs_dir: str | None = None  # where run folders are; None: runs/ beside common.py
     overwrite: bool = False  # start anew in a folder that holds a run; without it the same command continues
-    quick: bool = False  # QUICK below: small; ends below its data (docs/offline_dv2.md); no benchmark row
+    quick: bool = False  # a small setting for two CPU cores; it ends below its data (docs/offline_dv2.md)
     evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
-    model_from: str | None = None  # a run's folder: its world model in place of a first phase of --model-steps
-    model_steps: int | None = None  # gradient updates of the world model; None: 800 epochs (Table 7; DIFF 1)
-    agent_steps: int | None = None  # gradient updates of the agent; None: 2,400 epochs (Table 7; DIFF 1)
-    batch_size: int = 64  # windows (Table 7)
-    window: int = 50  # rows per window (Table 7)
-    model_lr: float = 3e-4  # Adam
-    actor_lr: float = 8e-5
-    critic_lr: float = 8e-5
-    cnn_depth: int = 48  # channels of the first convolution, doubled by each of the next three
-    stoch: int = 32  # categorical variables
-    classes: int = 32  # of each
-    deter: int = 200  # width of the recurrent state
-    hidden: int = 200  # width of the layers beside it
-    ensemble: int = 7  # priors (Table 7)
-    units: int = 400  # width of the four layers of reward head, actor and critic
-    kl_balance: float = 0.8  # share of the KL's gradient that trains the prior
-    free_nats: float = 1.0  # below it the mean KL has no gradient
-    penalty: Literal["mean_disagreement", "sum_squares", "logit_std", "log_prob_std", "mixture_std", "none"] = (
-        "mean_disagreement"  # the released code's; sum_squares: Eq. 1, from memory; logit_std: Appendix B.1's words
-    )
-    penalty_coef: float = 10.0  # lambda of Eq. 1 (DIFF 2)
-    horizon: int = 5  # imagined steps (Table 7)
-    gamma: float = 0.99  # discount per control step
-    td_lambda: float = 0.95  # of the lambda-return
-    actor_ent: float = 1e-4  # weight of the actor's entropy
-    actor_sample_grad: Literal["reference", "exact"] = "reference"  # see TruncatedNormal.sample
-    target_every: int = 100  # agent updates between hard copies of the critic into its target
-    eval_state_mode: bool = False  # evaluate on the posterior's most likely classes; default: drawn, as theirs
-    eval_every: int | None = None  # updates of the second phase; None: a twentieth of the run; 0: no environment
-    eval_episodes: int = 10  # per evaluation
-    log_every: int = 100  # gradient updates
-    device: str = "auto"  # auto: cuda if there is one, else cpu
+    model_from: str | None = None  # a finished run's folder: its world model, no first phase; give a --tag
+    model_steps: Whole | None = None  # gradient updates of the world model; None: 800 epochs (Table 7; DIFF 1)
+    agent_steps: Whole | None = None  # gradient updates of the agent; None: 2,400 epochs (Table 7; DIFF 1)
+    batch_size: Count = 64  # windows (Table 7)
+    window: Count = 50  # rows per window (Table 7)
+    model_lr: Rate = 3e-4  # Adam
+    actor_lr: Rate = 8e-5
+    critic_lr: Rate = 8e-5
+    cnn_depth: Count = 48  # channels of the first convolution, doubled by each of the next three
+    stoch: Count = 32  # categorical variables
+    classes: Count = 32  # of each
+    deter: Count = 200  # width of the recurrent state
+    hidden: Count = 200  # width of the layers beside it
+    ensemble: Count = 7  # priors (Table 7)
+    units: Count = 400  # width of the four layers of reward head, actor and critic
+    kl_balance: Share = 0.8  # share of the KL's gradient that trains the prior
+    free_nats: Weight = 1.0  # below it the mean KL has no gradient
+    penalty_coef: Weight = 10.0  # lambda of Eq. 1; 0: no penalty (DIFF 2)
+    horizon: Annotated[int, (2, math.inf)] = 5  # imagined steps (Table 7)
+    gamma: Share = 0.99  # discount per control step
+    td_lambda: Share = 0.95  # of the lambda-return
+    actor_ent: Weight = 1e-4  # weight of the actor's entropy
+    target_every: Count = 100  # agent updates between hard copies of the critic into its target
+    eval_every: Whole | None = None  # updates of the second phase; None: a twentieth of the run; 0: no environment
+    eval_episodes: Count = 10  # per evaluation
+    log_every: Count = 100  # gradient updates
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: cuda if there is one
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast where the hardware has it (DIFF 5)
-    accelerate: Literal["auto", "eager", "compile", "graph"] = "auto"  # same mathematics; auto: eager for now
+    accelerate: Literal["eager", "compile"] = "eager"  # compile: the losses under torch.compile
     buffer_device: Literal["auto", "cpu", "cuda"] = "auto"  # where the frames are; auto: on the GPU if they fit
 
     @property
@@ -116,14 +95,16 @@ class Args:
 TASKS, SETS = ("walker-walk", "cheetah-run"), ("random", "mixed", "medium", "medexp", "expert")
 TUNED = {(task, name): {"penalty_coef": 3.0 if name == "random" else 10.0} for task in TASKS for name in SETS}
 TUNED["walker-walk", "mixed"] = {"penalty_coef": 8.0}  # all three values: DIFF 2
-# not the paper's setting made shorter, but one of its own: a small model that learns fast, a small penalty, a critic
-# that comes to its values in hundreds of updates and an actor slow enough to follow it, not the model's mistakes
-QUICK = {"transitions": 30_000, "batch_size": 16, "window": 25, "model_steps": 1_800, "agent_steps": 1_000,
-         "eval_every": 100, "cnn_depth": 16, "ensemble": 5, "units": 200, "model_lr": 1e-3, "actor_lr": 2e-5,
-         "critic_lr": 1e-3, "target_every": 10, "penalty_coef": 1.0}  # fmt: skip
+# A setting of its own: a small model that learns fast, a small penalty, a critic that comes to its values in
+# hundreds of updates, and an actor slow enough to follow it, not the model's mistakes.
+QUICK = {("*", "*"): {
+    "transitions": 30_000, "batch_size": 16, "window": 25, "model_steps": 1_800, "agent_steps": 1_000,
+    "eval_every": 100, "cnn_depth": 16, "ensemble": 5, "units": 200, "model_lr": 1e-3, "actor_lr": 2e-5,
+    "critic_lr": 1e-3, "target_every": 10, "penalty_coef": 1.0,
+}}  # fmt: skip
 
 SIZE = 64  # pixels per side: what the decoder's kernels give
-MODEL_FLAGS = ("cnn_depth", "stoch", "classes", "deter", "hidden", "ensemble", "units")  # sizes of its networks
+MAX_GRAD_NORM = 100.0
 
 
 # ==== Networks ====
@@ -216,8 +197,8 @@ class GRUCell(nn.Module):
 class Priors(nn.Module):
     """The ensemble: N networks of two layers from the recurrent state to the distribution of the stochastic one.
 
-    A weight of all N is one tensor, so that a member not drawn still has a gradient, of zero: its moments and the
-    decay go on, as in TensorFlow."""
+    A weight of all N is one tensor, so a member that is not drawn has a gradient of zero: its moments and the decay go
+    on. In the released code it has none and stays as it is."""
 
     def __init__(self, ensemble: int, deter: int, hidden: int, outputs: int):
         super().__init__()
@@ -271,22 +252,21 @@ class RSSM(nn.Module):
         """One prior per time step, shared by the batch, drawn on the device. -> (count,) int64."""
         return torch.randint(self.ensemble, (count,), device=self.img_in.weight.device)
 
-    def sample(self, logits: Tensor, mode: bool = False) -> Tensor:
-        """One-hot draws, or the most likely classes. logits (..., S K)  ->  (..., S K); the gradient is that of the
-        probabilities (straight-through)."""
+    def sample(self, logits: Tensor) -> Tensor:
+        """One-hot draws. logits (..., S K)  ->  (..., S K); the gradient is that of the probabilities
+        (straight-through)."""
         probs = logits.unflatten(-1, (self.stoch, self.classes)).softmax(-1)
         cumulative = probs.detach().cumsum(-1)
         threshold = torch.rand_like(cumulative[..., :1]) * cumulative[..., -1:]
         index = (cumulative <= threshold).sum(-1, keepdim=True).clamp_max(self.classes - 1)
-        index = probs.argmax(-1, keepdim=True) if mode else index
         one_hot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
-        return (one_hot + probs - probs.detach()).flatten(-2)
+        return (one_hot + (probs - probs.detach())).flatten(-2)
 
     def recur(self, state: State, action: Tensor) -> Tensor:
         """The next recurrent state. action (M, A) leads to it. -> deter (M, D)."""
         return self.gru(F.elu_(self.img_in(torch.cat([state.stoch, action], -1))), state.deter)
 
-    def observe(self, embed: Tensor, action: Tensor, is_first: Tensor, state: State | None = None, mode: bool = False):
+    def observe(self, embed: Tensor, action: Tensor, is_first: Tensor, state: State | None = None):
         """Filters windows. embed (B, T, E), action (B, T, A), is_first (B, T)
         ->  states (B, T, ...), logits of the posterior (B, T, S K).
 
@@ -302,7 +282,7 @@ class RSSM(nn.Module):
         for t in range(embed.shape[1]):
             deter = self.recur(State(*(part * keep[:, t] for part in state)), action[:, t])
             logits = self.post_out(F.elu_(F.linear(deter, from_deter) + embedded[:, t])).float()
-            state = State(self.sample(logits, mode), deter)
+            state = State(self.sample(logits), deter)
             states.append(state)
             post.append(logits)
         return State(*(torch.stack(parts, 1) for parts in zip(*states))), torch.stack(post, 1)
@@ -328,10 +308,6 @@ class WorldModel(nn.Module):
         """image (..., 3, 64, 64) uint8  ->  (..., E)."""
         return self.encoder(scale_pixels(image.flatten(0, -4))).unflatten(0, image.shape[:-3])
 
-    def decode(self, feat: Tensor) -> Tensor:
-        """feat (..., F)  ->  image (..., 3, 64, 64) float32 in about [-0.5, 0.5]."""
-        return self.decoder(feat.flatten(0, -2)).float().unflatten(0, feat.shape[:-1])
-
 
 class TruncatedNormal(NamedTuple):
     """A normal with these loc and scale (..., A), cut to [-1, 1]."""
@@ -344,11 +320,10 @@ class TruncatedNormal(NamedTuple):
         low, high = (-1 - self.loc) / self.scale, (1 - self.loc) / self.scale
         return low, high, torch.special.ndtr(high) - torch.special.ndtr(low)
 
-    def sample(self, gradient: str) -> Tensor:
-        """Draws within +- (1 - 1e-6). gradient "exact": of the inverse distribution function. "reference": as if the
-        standardised draw z were given, dx/dloc = 1 and dx/dscale = z, the bounds' share left out; far from the exact
-        one where the bounds cut much off."""
-        with torch.set_grad_enabled(gradient == "exact" and torch.is_grad_enabled()):
+    def sample(self) -> Tensor:
+        """Draws within +- (1 - 1e-6). The gradient is the released code's: as if the standardised draw z were given,
+        dx/dloc = 1 and dx/dscale = z; that of the bounds is left out."""
+        with torch.no_grad():
             low, _, mass = self.bounds()
             uniform = torch.rand_like(mass).clamp(1e-6, 1 - 1e-6)
             z = torch.special.ndtri(torch.special.ndtr(low) + uniform * mass)
@@ -376,8 +351,7 @@ class Actor(nn.Module):
         return TruncatedNormal(torch.tanh(self.loc(x)), 2 * torch.sigmoid(self.scale(x) / 2) + 0.1)  # 0.1 .. 2.1
 
 
-# ==== Penalties ====
-# logits (N, M, S, K) float32 of all priors, stoch (M, S, K) the state arrived at  ->  (M,)
+# ==== Penalty ====
 
 
 class Disagreement(torch.autograd.Function):
@@ -407,40 +381,6 @@ class Disagreement(torch.autograd.Function):
             to_p.sub_(to_mean).mul_(p)
             to_p.sub_(p * to_p.sum(-1, keepdim=True))  # through the softmax
         return out
-
-
-def mean_disagreement(logits: Tensor, stoch: Tensor) -> Tensor:
-    """mean_k |P_k - mean_j P_j|: what the released code computes."""
-    return Disagreement.apply(logits)
-
-
-def sum_squares(logits: Tensor, stoch: Tensor) -> Tensor:
-    """sum_k |P_k - mean_j P_j|^2: 2206.04779 Eq. 1, from memory (DIFF 2)."""
-    probs = logits.softmax(-1).flatten(-2)
-    return (probs - probs.mean(0)).square().sum((0, -1))
-
-
-def logit_std(logits: Tensor, stoch: Tensor) -> Tensor:
-    """Deviation over the members of the normalised logits, mean over variables and classes. Unnormalised ones carry an
-    offset per variable that means nothing."""
-    return logits.log_softmax(-1).std(0, correction=0).mean((-2, -1))
-
-
-def log_prob_std(logits: Tensor, stoch: Tensor) -> Tensor:
-    """Deviation over the members of the log-probability of the state arrived at."""
-    return (logits.log_softmax(-1) * stoch).sum((-2, -1)).std(0, correction=0)
-
-
-def mixture_std(logits: Tensor, stoch: Tensor) -> Tensor:
-    """Deviation of the mixture of the members, of each class's indicator, mean over variables and classes."""
-    probs = logits.softmax(-1).mean(0)
-    return (probs * (1 - probs)).clamp_min(1e-12).sqrt().mean((-2, -1))
-
-
-PENALTY = {
-    "mean_disagreement": mean_disagreement, "sum_squares": sum_squares, "logit_std": logit_std,
-    "log_prob_std": log_prob_std, "mixture_std": mixture_std,
-}  # fmt: skip
 
 
 # ==== Agent ====
@@ -476,48 +416,6 @@ def lambda_return(reward: Tensor, next_value: Tensor, gamma: float, td_lambda: f
     return torch.stack(found[::-1])
 
 
-class Optimizer:
-    """Adam as TensorFlow computes it, after a clip of the gradient's global norm and a decay that lr does not scale.
-
-    param = (1 - decay) param - lr_t m / (sqrt(v) + eps),  lr_t = lr sqrt(1 - B2^t) / (1 - B1^t)
-    torch.optim.Adam divides v by 1 - B2^t before it adds eps, which makes the first thousand steps longer."""
-
-    B1, B2, CLIP = 0.9, 0.999, 100.0
-
-    def __init__(self, params, lr: float, eps: float, decay: float):
-        self.params, self.lr, self.eps, self.decay, self.state = list(params), lr, eps, decay, None
-
-    @torch.no_grad()
-    def step(self) -> Tensor:
-        """Returns the gradient's norm before the clip, ()."""
-        params, grads = self.params, [p.grad for p in self.params]
-        if self.state is None:
-            count = torch.zeros((), device=params[0].device)
-            self.state = {"count": count, "m": [*map(torch.zeros_like, params)], "v": [*map(torch.zeros_like, params)]}
-        count, m, v = self.state.values()
-        norm = nn.utils.clip_grad_norm_(params, self.CLIP)
-        if self.decay:
-            torch._foreach_mul_(params, 1 - self.decay)
-        count += 1
-        torch._foreach_lerp_(m, grads, 1 - self.B1)
-        torch._foreach_mul_(v, self.B2)
-        torch._foreach_addcmul_(v, grads, grads, 1 - self.B2)
-        denominator = torch._foreach_sqrt(v)
-        torch._foreach_add_(denominator, self.eps)
-        torch._foreach_div_(denominator, self.lr * (1 - self.B2**count).sqrt() / (1 - self.B1**count))
-        torch._foreach_addcdiv_(params, m, denominator, -1.0)
-        return norm
-
-    def state_dict(self) -> dict:
-        return self.state or {}
-
-    def load_state_dict(self, state: dict) -> None:
-        device = self.params[0].device
-        if state:
-            moments = {name: [part.to(device) for part in state[name]] for name in ("m", "v")}
-            self.state = {"count": state["count"].to(device), **moments}
-
-
 class Agent(nn.Module):
     """World model, actor, critic and its target."""
 
@@ -535,14 +433,13 @@ class Agent(nn.Module):
         self.critic_target.requires_grad_(False)
         rates = {"model": args.model_lr, "actor": args.actor_lr, "critic": args.critic_lr}
         self.optimizers = {
-            name: Optimizer(getattr(self, name).parameters(), rate, eps=1e-5, decay=1e-6)
-            for name, rate in rates.items()
+            # DIFF 7; the decay is 1e-6 a step, whatever the rate
+            name: torch.optim.AdamW(getattr(self, name).parameters(), lr, eps=1e-5, weight_decay=1e-6 / lr, fused=True)
+            for name, lr in rates.items()
         }
 
     def autocast(self):
-        return torch.autocast(
-            torch.device(self.args.device).type, torch.bfloat16, enabled=self.args.precision == "bf16"
-        )
+        return torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.precision == "bf16")
 
     # ---- first phase ----
 
@@ -584,13 +481,13 @@ class Agent(nn.Module):
     # ---- second phase: the model is frozen ----
 
     @torch.no_grad()
-    def embed_set(self, buffer: SequenceBuffer, rows: int = 1024) -> Tensor:
+    def embed_set(self, buffer: common.SequenceBuffer, rows: int = 1024) -> Tensor:
         """Embeddings of every row of the set, in the encoder's output precision. -> (rows of the set, E) (DIFF 4)."""
         out = None
         with self.autocast():
-            for index in torch.arange(buffer.num_rows, device=buffer.frames.images[0].device).split(rows):
-                embed = self.model.embed(buffer.frames.gather(index))
-                out = embed.new_empty(buffer.num_rows, embed.shape[-1]) if out is None else out
+            for index in torch.arange(len(buffer.reward), device=buffer.images[0].device).split(rows):
+                embed = self.model.embed(buffer.frames(index))
+                out = embed.new_empty(len(buffer.reward), embed.shape[-1]) if out is None else out
                 out[index.to(out.device)] = embed
         return out
 
@@ -604,18 +501,13 @@ class Agent(nn.Module):
         states, policies = [state], []
         for _ in range(self.args.horizon):
             policies.append(self.actor(states[-1].feat.detach()))
-            action = policies[-1].sample(self.args.actor_sample_grad)
-            states.append(self.model.rssm.imagine(states[-1], action))
+            states.append(self.model.rssm.imagine(states[-1], policies[-1].sample()))
         return states, policies
 
     def penalty(self, state: State) -> Tensor:
         """Disagreement of the priors on arriving at a state. (M, ...)  ->  (M,)."""
-        args = self.args
-        if args.penalty == "none":
-            return state.deter.new_zeros(len(state.deter))
-        shape = args.stoch, args.classes
-        logits = self.model.rssm.priors(state.deter).unflatten(-1, shape)  # (N, M, S, K)
-        return PENALTY[args.penalty](logits, state.stoch.unflatten(-1, shape))
+        logits = self.model.rssm.priors(state.deter)  # (N, M, S K)
+        return Disagreement.apply(logits.unflatten(-1, (self.args.stoch, self.args.classes)))
 
     def actor_loss(self, start: State) -> tuple[Tensor, Tensor, Tensor, Metrics]:
         """Lambda-returns of imagined rollouts. start: states (M, ...) of the data, without gradient.
@@ -667,19 +559,18 @@ class Agent(nn.Module):
         critic_norm = self.minimize("critic", critic_loss)
         return actor_metrics | critic_metrics | {"actor/grad_norm": actor_norm, "critic/grad_norm": critic_norm}
 
-    def update_target(self) -> None:
-        self.critic_target.load_state_dict(self.critic.state_dict())
-
     # ---- both ----
 
     def minimize(self, name: str, loss: Tensor) -> Tensor:
         """One step of an optimiser on its own parameters; no gradient is computed for others. Returns the
         gradient's norm before the clip, ()."""
         optimizer = self.optimizers[name]
-        for parameter in optimizer.params:
-            parameter.grad = None
-        loss.backward(inputs=optimizer.params)
-        return optimizer.step()
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer.zero_grad()
+        loss.backward(inputs=params)
+        norm = nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
+        optimizer.step()
+        return norm
 
     @torch.no_grad()
     def act(self, obs: Tensor, action: Tensor, state: State | None) -> tuple[Tensor, State]:
@@ -687,33 +578,9 @@ class Agent(nn.Module):
         what the last call returned, None at an episode's first image."""
         first = torch.full((len(obs), 1), state is None, device=obs.device)
         embed = self.model.embed(obs)[:, None]
-        states, _ = self.model.rssm.observe(embed, action[:, None], first, state, self.args.eval_state_mode)
+        states, _ = self.model.rssm.observe(embed, action[:, None], first, state)
         state = State(*(part[:, 0] for part in states))
         return self.actor(state.feat).loc, state
-
-    # ---- for benchmarks/inspect_world_model.py ----
-
-    def filter(self, batch: Sequences) -> State:
-        """States of windows, from their images. -> (B, T, ...)."""
-        return self.model.rssm.observe(self.model.embed(batch.image), batch.action, batch.is_first)[0]
-
-    def roll(self, batch: Sequences, context: int) -> State:
-        """States of windows: filtered for the first `context` rows, imagined under their actions after them."""
-        states = self.filter(Sequences(*(part[:, :context] for part in batch)))
-        rows = [State(*parts) for parts in zip(*(part.unbind(1) for part in states))]
-        for t in range(context, batch.action.shape[1]):
-            rows.append(self.model.rssm.imagine(rows[-1], batch.action[:, t]))
-        return State(*(torch.stack(parts, 1) for parts in zip(*rows)))
-
-    @torch.no_grad()
-    def reconstruct(self, batch: Sequences) -> Tensor:
-        """What the decoder makes of the filtered states. -> (B, T, 3, 64, 64) in about [-0.5, 0.5]."""
-        return self.model.decode(self.filter(batch).feat)
-
-    @torch.no_grad()
-    def open_loop(self, batch: Sequences, context: int = 5) -> Tensor:
-        """What it makes of roll()'s: `context` images are seen, the rest follows from actions. -> (B, T, 3, 64, 64)."""
-        return self.model.decode(self.roll(batch, context).feat)
 
     # ---- checkpoints ----
 
@@ -738,11 +605,11 @@ def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.nda
     """The actor's mode on filtered states, the same episodes and the same posterior draws every time. Returns score and
     every return, frames of the first episode."""
     agent.eval()
-    obs, returns, frames = pool.reset(EVAL_SEED + np.arange(pool.count)), np.zeros(pool.count), []  # DIFF 6
+    obs, returns, frames = pool.reset(common.EVAL_SEED + np.arange(pool.count)), np.zeros(pool.count), []  # DIFF 6
     action, state = np.zeros((pool.count, agent.action_dim), np.float32), None
-    devices = [torch.cuda.current_device()] if args.device.startswith("cuda") else []
+    devices = [torch.cuda.current_device()] if args.device == "cuda" else []
     with torch.random.fork_rng(devices):  # how often one evaluates does not change the training's draws
-        torch.manual_seed(EVAL_SEED)
+        torch.manual_seed(common.EVAL_SEED)
         while not pool.done.all():
             frames.append(obs[0].copy())  # a view would keep the frames of all episodes
             images, last = (torch.from_numpy(array).to(args.device) for array in (obs, action))
@@ -756,23 +623,19 @@ def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.nda
 
 def evaluate_run(args: Args) -> None:
     """--evaluate RUN: scores a finished run's weights on --eval-episodes episodes and writes a video."""
-    args, facts, weights = load_run(args)
-    pool = evaluation_pool(args, facts, 1)
+    facts, weights = common.load_run(args)
+    pool = common.evaluation_pool(args, facts, 1)
     agent = Agent(args, facts["action_dim"]).to(args.device)
     agent.load_state_dict(weights)
     metrics, frames = evaluate(agent, pool, args)
-    print(pool.describe(metrics))
-    save_video(Path(args.evaluate) / "evaluation.mp4", frames)
+    print(", ".join(f"{name} {np.round(value, 1)}" for name, value in metrics.items()))
+    common.save_video(Path(args.evaluate) / "evaluation.mp4", frames)
 
 
 def main(args: Args) -> None:
     if args.evaluate:
         return evaluate_run(args)
-    if args.horizon < 2:
-        raise UserError(f"--horizon {args.horizon}: at least 2, the actor's first own reward is that of step 1")
-    if args.model_from and not args.tag:
-        raise UserError(f"--model-from {args.model_from}: also give a --tag, such a run is no standard row")
-    dataset = open_dataset(args, size=64)  # 64 px if it is a standard set (made on the spot if missing)
+    dataset = common.open_dataset(args, SIZE)  # a standard set is made on the spot if it is missing
     if dataset.size != SIZE:
         raise UserError(f"{dataset.path} has images of {dataset.size} px; the decoder gives {SIZE}")
     epoch = dataset.num_transitions / (args.batch_size * args.window)  # updates in which as many rows are drawn
@@ -782,36 +645,38 @@ def main(args: Args) -> None:
         args.model_steps = round(800 * epoch)  # DIFF 1
     if args.agent_steps is None:
         args.agent_steps = round(2400 * epoch)
-    run = start_run(args, dataset, MODEL_FLAGS)  # folder, lock, config.json, copies of the code; seeds generators
-    pool = evaluation_pool(args, dataset.facts(), 1)  # its workers neither import this file nor touch CUDA
-    buffer = SequenceBuffer(dataset, args.batch_size, args.window, args.seed, args.device, args.buffer_device)
+    run = common.Run(args, dataset)  # its folder and lock; seeds torch and NumPy
+    pool = common.evaluation_pool(args, dataset.facts(), 1)
+    buffer = common.SequenceBuffer(dataset, args.batch_size, args.window, args.seed, args.device, args.buffer_device)
     agent = Agent(args, buffer.action_dim).to(args.device)
-    update_model, update_agent = (accelerate(agent, name, args) for name in ("update_model", "update_agent"))
-    step, embeds = run.load_checkpoint(agent=agent, buffer=buffer), None  # step: 0 for a new run
-    if args.model_from and step == 0:
-        load_model(agent.model, args)
+    common.accelerate(agent, args)
+    if args.model_from and not run.checkpoint.exists():
+        weights = common.read(f"{args.model_from}/weights.pt").items()
+        agent.model.load_state_dict({k.removeprefix("model."): v for k, v in weights if k.startswith("model.")})
+    step, embeds = run.begin(agent=agent, buffer=buffer), None  # 0, or where the checkpoint was written
     while step < args.steps:
         phase = "model" if step < args.model_steps else "agent"
         if phase == "model":
-            metrics = update_model(buffer.sample())
+            metrics = agent.update_model(buffer.sample())
         else:
             if embeds is None:  # the second phase begins, or goes on in a new process
                 embeds = agent.embed_set(buffer)
             batch = buffer.sample(images=False)
-            metrics = update_agent(batch, embeds[batch.row])
+            metrics = agent.update_agent(batch, embeds[batch.row])
             if (step + 1 - args.model_steps) % args.target_every == 0:
-                agent.update_target()
+                agent.critic_target.load_state_dict(agent.critic.state_dict())
         step += 1
-        if run.log_due(step, metrics):
+        run.advance(step)
+        if run.log_due:
             run.log(phase, step, {name: value.item() for name, value in metrics.items()})  # the only .item()
-        if pool and phase == "agent" and run.eval_due(step):
+        if pool and phase == "agent" and run.eval_due:
             metrics, frames = evaluate(agent, pool, args)
             run.log("eval", step, metrics)
             if step == args.steps:
-                save_video(run.path / "evaluation.mp4", frames)
-        if run.checkpoint_due(step):
+                common.save_video(run.path / "evaluation.mp4", frames)
+        if run.checkpoint_due:
             run.save_checkpoint(step, agent=agent, buffer=buffer)
 
 
 if __name__ == "__main__":
-    main(parse_args(Args, TUNED, QUICK))
+    main(common.parse_args(Args, TUNED, QUICK))

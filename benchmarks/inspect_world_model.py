@@ -3,22 +3,26 @@
     python benchmarks/inspect_world_model.py runs/offline_dv2/walker-walk/mixed-64px/seed0
     python benchmarks/inspect_world_model.py RUN --dataset datasets/made/walker-walk/medium-64px   # other windows
 
-Works on a run of any file in algos/ that has a world model, finished or not, from its newest weights. Writes to
-RUN/inspect/ (or --out):
+Works on a run of any file in algos/ that has a world model: on the weights of a finished one, on the checkpoint of
+another. Writes to RUN/inspect/ (or --out):
     reconstruction.mp4   truth, what the decoder makes of the filtered states, their difference; one window per column
     open_loop.mp4        the same where images are known for the first --context rows only, then actions alone
-    open_loop.png        every few rows of it, for a page
+    open_loop.png        eight rows of its first window, for a page
     report.json          all numbers that are printed:
         error of images and rewards of windows, filtered and open loop; R2 of the reward
         penalty on states that a random policy visits in the environment (V-D4RL Table 14 has walker-walk's)
         imagined beside real return: the actor's real episodes, and the model's account of the same actor from
-        the same first states, over whole episodes and over --horizon steps from states on the way"""
+        the same first states, over whole episodes and over --horizon steps from states on the way
 
+Dims: B windows or episodes, T rows, S pixels per side, A action, F feat."""
+
+import hashlib
 import importlib
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,18 +30,8 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[1:1] = [str(ROOT), str(ROOT / "algos")]
-from common import (  # noqa: E402
-    EVAL_SEED,
-    Dataset,
-    EnvPool,
-    SequenceBuffer,
-    UserError,
-    changed_code,
-    evaluation_pool,
-    newest_weights,
-    one_line_errors,
-    open_dataset,
-)
+import common  # noqa: E402
+from common import EVAL_SEED, EnvPool, Sequences, UserError  # noqa: E402
 
 TABLE_14 = {"random": (0.223, 0.040), "mixed": (0.226, 0.035), "medium": (0.341, 0.034), "medexp": (0.338, 0.034),
             "expert": (0.262, 0.020)}  # V-D4RL, walker-walk, states of a random policy: mean, deviation  # fmt: skip
@@ -48,45 +42,85 @@ class Args:
     run: str  # a run's folder
     out: str | None = None  # where to write; None: RUN/inspect
     dataset: str | None = None  # the path of another set for the windows; None: the run's own
-    windows: int = 6  # columns of the films
-    context: int = 5  # rows whose images the open loop may see
-    batch: int = 64  # windows for the errors
-    episodes: int = 5  # of the random policy, and of the actor; 0: no environment
-    horizon: int = 15  # steps of the shorter comparison of imagined and real reward
-    seed: int = 0  # of windows, random actions and latent draws
-    device: str = "cpu"
+    windows: common.Count = 6  # columns of the films
+    context: common.Count = 5  # rows whose images the open loop may see
+    batch: common.Count = 64  # windows for the errors
+    episodes: common.Whole = 5  # of the random policy, and of the actor; 0: no environment
+    horizon: common.Count = 15  # steps of the shorter comparison of imagined and real reward
+    seed: common.Whole = 0  # of windows, random actions and latent draws
+    device: Literal["cpu", "cuda"] = "cpu"
 
 
-def load(args: Args):
-    """agent, its module, its args, the run's configuration."""
-    path = Path(args.run)
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no config.json; give a run's folder") from None
+def load_agent(args: Args):
+    """The agent, its file as a module, its flags, the run's configuration."""
+    config = common.read(f"{args.run}/config.json")
     script = ROOT / "algos" / f"{config['algo']}.py"
     if not script.exists() or "class WorldModel" not in script.read_text():
-        raise UserError(f"{path} is a run of {config['algo']}.py; there is no such file with a WorldModel in algos/")
-    if changed_code(script, path):
-        raise UserError(f"algos/{script.name} has changed since {path}; check out the commit {config['commit']}")
+        raise UserError(f"{args.run}: of {script.name}; there is no such file with a WorldModel in algos/")
+    if hashlib.sha256(script.read_bytes()).hexdigest()[:12] != config["script"]:
+        raise UserError(f"algos/{script.name} has changed since {args.run}; check out the commit {config['commit']}")
     module = importlib.import_module(config["algo"])
-    known = module.Args.__dataclass_fields__
-    run_args = module.Args(**{name: value for name, value in config["args"].items() if name in known})
-    run_args.device, run_args.precision = args.device, "fp32"
-    agent = module.Agent(run_args, config["dataset"]["action_dim"]).to(args.device)
-    agent.load_state_dict(newest_weights(path))
-    return agent.eval(), module, run_args, config
+    flags = module.Args(**config["args"])
+    flags.device, flags.precision = args.device, "fp32"
+    agent = module.Agent(flags, config["dataset"]["action_dim"]).to(args.device)
+    finished = Path(args.run, "weights.pt")
+    if finished.exists():
+        agent.load_state_dict(common.read(finished))
+    else:
+        agent.load_state_dict(common.read(f"{args.run}/checkpoint.pt")["objects"]["agent"])
+    return agent.eval(), module, flags, config
 
 
-def frames_of(image: Tensor) -> np.ndarray:
-    """(B, T, 3, S, S) in [-0.5, 0.5] -> (T, S, B S, 3) uint8: windows side by side."""
-    image = ((image + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
-    return np.concatenate(list(image.permute(0, 1, 3, 4, 2).numpy()), axis=2)
+# ==== Windows ====
+
+
+def filtered(agent, batch: Sequences):
+    """States of windows, from all of their images. -> (B, T, ...)."""
+    return agent.model.rssm.observe(agent.model.embed(batch.image), batch.action, batch.is_first)[0]
+
+
+def open_loop(agent, batch: Sequences, context: int):
+    """States of windows: filtered for the first `context` rows, then imagined under their actions. -> (B, T, ...)."""
+    seen = filtered(agent, Sequences(*(part[:, :context] for part in batch)))
+    kind = type(seen)  # the file's State
+    rows = [kind(*(part[:, t] for part in seen)) for t in range(context)]
+    for t in range(context, batch.action.shape[1]):
+        rows.append(agent.model.rssm.imagine(rows[-1], batch.action[:, t]))  # action[t] leads to row t
+    return kind(*(torch.stack(parts, 1) for parts in zip(*rows)))
+
+
+def decode(agent, feat: Tensor) -> Tensor:
+    """feat (B, T, F) -> image (B, T, 3, S, S) in about [-0.5, 0.5]."""
+    return agent.model.decoder(feat.flatten(0, 1)).unflatten(0, feat.shape[:2])
+
+
+def scaled(image: Tensor) -> Tensor:
+    """uint8 -> the decoder's scale."""
+    return image.float().div(255).sub(0.5)
+
+
+def errors(agent, feat: Tensor, batch: Sequences, first: int) -> dict[str, float]:
+    """Of images (root mean square per value, in 255ths) and of rewards, in rows `first` and later of windows whose
+    states have these feat (B, T, F)."""
+    difference = (decode(agent, feat) - scaled(batch.image))[:, first:]
+    real = batch.reward[:, first:]
+    residual = (agent.model.reward(feat).squeeze(-1)[:, first:] - real).square().mean()
+    return {
+        "image_rmse_255": 255 * difference.square().mean().sqrt().item(),
+        "reward_rmse": residual.sqrt().item(),
+        "reward_r2": 1 - (residual / real.var(correction=0).clamp_min(1e-8)).item(),
+    }
 
 
 def film(truth: Tensor, model: Tensor) -> np.ndarray:
-    """Rows: truth, model, difference around grey. -> (T, 3 S, B S, 3) uint8."""
-    return np.concatenate([frames_of(truth), frames_of(model), frames_of((model - truth) / 2)], axis=1)
+    """Truth, model, difference around grey, each with its windows side by side. Images (B, T, 3, S, S) in
+    [-0.5, 0.5] -> frames (T, 3 S, B S, 3) uint8."""
+
+    def side_by_side(image: Tensor) -> np.ndarray:
+        image = ((image + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+        return np.concatenate(list(image.permute(0, 1, 3, 4, 2).numpy()), axis=2)  # (T, S, B S, 3)
+
+    return np.concatenate([side_by_side(image) for image in (truth, model, (model - truth) / 2)], axis=1)
 
 
 def write_film(path: Path, frames: np.ndarray) -> None:
@@ -97,133 +131,120 @@ def write_film(path: Path, frames: np.ndarray) -> None:
             video.append_data(frame.repeat(2, 0).repeat(2, 1))
 
 
-@torch.no_grad()
-def errors(agent, batch, context: int) -> dict:
-    """Of images (root mean square per value, in 255ths) and rewards, filtered, and open loop after `context` rows."""
-    found = {}
-    truth = batch.image.float().div(255).sub(0.5)
-    for name in ("filtered", "open_loop"):
-        states = agent.filter(batch) if name == "filtered" else agent.roll(batch, context)
-        rows = slice(1 if name == "filtered" else context, None)
-        image = agent.model.decode(states.feat)[:, rows]
-        reward = agent.model.reward(states.feat).squeeze(-1)[:, rows]
-        real = batch.reward[:, rows]
-        residual = (reward - real).square().mean()
-        found[name] = {"image_rmse_255": 255 * (image - truth[:, rows]).square().mean().sqrt().item(),
-                       "reward_rmse": residual.sqrt().item(),
-                       "reward_r2": 1 - (residual / real.var(correction=0).clamp_min(1e-8)).item()}  # fmt: skip
-    return found
+def on_windows(args: Args, agent, batch: Sequences, out: Path) -> dict:
+    """Errors on a batch of windows, and films of some of them."""
+    import imageio.v2 as imageio
+
+    report, shown = {}, torch.linspace(0, len(batch.reward) - 1, args.windows).long()
+    for name, film_name in (("filtered", "reconstruction"), ("open_loop", "open_loop")):
+        if name == "filtered":
+            states, first = filtered(agent, batch), 1  # row 0 knows no past
+        else:
+            states, first = open_loop(agent, batch, args.context), args.context
+        report[name] = errors(agent, states.feat, batch, first)
+        print(f"  {name:10s} " + ", ".join(f"{key} {value:.3g}" for key, value in report[name].items()))
+        frames = film(scaled(batch.image[shown]), decode(agent, states.feat[shown]))
+        write_film(out / f"{film_name}.mp4", frames)
+    size, rows = batch.image.shape[-1], np.linspace(0, len(frames) - 1, 8).round().astype(int)  # of the second film
+    imageio.imwrite(out / "open_loop.png", np.concatenate([frames[t][:, :size] for t in rows], axis=1))
+    return report
 
 
-@torch.no_grad()
-def episodes(agent, pool: EnvPool, policy, seed: int) -> tuple[list, np.ndarray]:
-    """Filters the images of whole episodes. policy(state) -> (B, A). Returns T states, rewards (T, B)."""
-    obs, states, rewards = pool.reset(seed + np.arange(pool.count)), [], []
-    action, state = torch.zeros(pool.count, agent.action_dim), None
-    while not pool.done.all():
-        _, state = agent.act(torch.from_numpy(obs).to(agent.args.device), action.to(agent.args.device), state)
-        states.append(state)
-        action = policy(state).cpu()
-        obs, reward, _ = pool.step(action.numpy())
-        rewards.append(reward)
-    return states, np.stack(rewards)
+# ==== In the environment ====
 
 
 def mode(agent, state) -> Tensor:
     policy = agent.actor(state.feat)
-    return getattr(policy, "loc", policy)  # a distribution's mode, or a deterministic actor's action
+    return getattr(policy, "loc", policy)  # of a distribution, or a deterministic actor's action
 
 
-@torch.no_grad()
+def play(agent, pool: EnvPool, policy) -> tuple[list, np.ndarray]:
+    """Filters the images of whole episodes. policy(state) -> (B, A). Returns T states (B, ...), rewards (T, B)."""
+    obs, device, states, rewards = pool.reset(EVAL_SEED + np.arange(pool.count)), agent.args.device, [], []
+    action, state = torch.zeros(pool.count, agent.action_dim), None
+    while not pool.done.all():
+        _, state = agent.act(torch.from_numpy(obs).to(device), action.to(device), state)
+        action = policy(state).cpu()
+        obs, reward, _ = pool.step(action.numpy())
+        states.append(state)
+        rewards.append(reward)
+    return states, np.stack(rewards)
+
+
 def imagined_reward(agent, state, steps: int) -> Tensor:
-    """Sum of the rewards that the model predicts for the actor's mode over so many steps. -> (M,)."""
-    total = torch.zeros(len(state.deter), device=state.deter.device)
+    """Sum of the rewards that the model predicts for the actor's mode over so many steps. (B, ...) -> (B,)."""
+    total = torch.zeros(len(state.feat), device=state.feat.device)
     for _ in range(steps):
         state = agent.model.rssm.imagine(state, mode(agent, state))
         total += agent.model.reward(state.feat).squeeze(-1)
     return total
 
 
-def statistics(values) -> dict:
+def statistics(values) -> dict[str, float]:
     values = np.asarray(values, np.float64)
     return {"mean": float(values.mean()), "std": float(values.std())}
 
 
+def in_the_environment(args: Args, agent, pool: EnvPool, config: dict) -> dict:
+    """Penalties on a random policy's states; the actor's returns, real and imagined."""
+    generator = torch.Generator().manual_seed(args.seed)
+
+    def uniform(state) -> Tensor:
+        return 2 * torch.rand(pool.count, agent.action_dim, generator=generator) - 1
+
+    states, _ = play(agent, pool, uniform)
+    penalty = statistics(torch.stack([agent.penalty(state) for state in states]).cpu())
+    report = {"penalty_random_policy": penalty}
+    print(f"penalty on a random policy's states: {penalty['mean']:.3f} +- {penalty['std']:.3f}")
+    published = TABLE_14.get(config["args"]["dataset"])
+    if published and config["algo"] == "offline_dv2" and config["args"]["task"] == "walker-walk":
+        print(f"  V-D4RL's Table 14, of a model trained in full: {published[0]} +- {published[1]}")
+    torch.manual_seed(EVAL_SEED)  # the draws of --evaluate, hence its returns
+    states, rewards = play(agent, pool, lambda state: mode(agent, state))
+    steps, horizon = len(rewards), min(args.horizon, len(rewards))
+    whole = imagined_reward(agent, states[0], steps).cpu()
+    report["return"] = {"real": statistics(rewards.sum(0)), "imagined": statistics(whole)}
+    starts = range(0, steps - horizon + 1, max(1, (steps - horizon) // 20))
+    real = np.concatenate([rewards[t : t + horizon].sum(0) for t in starts])
+    imagined = torch.cat([imagined_reward(agent, states[t], horizon) for t in starts]).cpu().numpy()
+    short = {"real": statistics(real), "imagined": statistics(imagined)}
+    report[f"reward_over_{horizon}_steps"] = short | {"correlation": float(np.corrcoef(real, imagined)[0, 1])}
+    for name in ("return", f"reward_over_{horizon}_steps"):
+        words = [f"{kind} {report[name][kind]['mean']:.1f} +- {report[name][kind]['std']:.1f}"
+                 for kind in ("real", "imagined")]  # fmt: skip
+        print(f"{name}: {', '.join(words)}")
+    return report
+
+
+@torch.no_grad()
 def main(args: Args) -> None:
-    agent, module, run_args, config = load(args)
+    common.check_ranges(args)
+    agent, module, flags, config = load_agent(args)
     torch.manual_seed(args.seed)
-    dataset = Dataset(args.dataset) if args.dataset else open_dataset(run_args, size=module.SIZE)
+    dataset = common.Dataset(args.dataset) if args.dataset else common.open_dataset(flags, module.SIZE)
     if dataset.size != module.SIZE or dataset.action_dim != agent.action_dim:
-        raise UserError(
-            f"--dataset {dataset.path}: {dataset.size} px and {dataset.action_dim} actions do not fit the run"
-        )
+        found = f"{dataset.size} px and {dataset.action_dim} actions"
+        raise UserError(f"--dataset {dataset.path}: {found} do not fit the run")
+    if args.context >= flags.window:
+        raise UserError(f"--context {args.context}: must be less than the run's --window {flags.window}")
     out = Path(args.out or Path(args.run) / "inspect")
     out.mkdir(parents=True, exist_ok=True)
-    if not 1 <= args.context < run_args.window:
-        raise UserError(
-            f"--context {args.context}: from 1 to {run_args.window - 1}, fewer rows than the run's --window"
-        )
-    buffer = SequenceBuffer(dataset, max(args.batch, args.windows), run_args.window, args.seed, args.device,
-                            force_first=getattr(run_args, "mask_first_action", True))  # fmt: skip
-    batch = buffer.sample()
+    count = max(args.batch, args.windows)
+    batch = common.SequenceBuffer(dataset, count, flags.window, args.seed, args.device).sample()
     trained_on = dataset.hash == config["dataset"]["hash"]
     report = {"run": args.run, "windows_of": dataset.path.name, "trained_on": trained_on}
-    report["errors"] = errors(agent, batch, args.context)
-    print(f"windows of {dataset.path}, which the model was trained on" if trained_on else f"windows of {dataset.path}")
-    for name, values in report["errors"].items():
-        print(f"  {name:10s} " + ", ".join(f"{key} {value:.3g}" for key, value in values.items()))
-    few = type(batch)(*(part[torch.linspace(0, len(part) - 1, args.windows).long()] for part in batch))
-    truth = few.image.float().div(255).sub(0.5)
-    for name, images in (("reconstruction", agent.reconstruct(few)), ("open_loop", agent.open_loop(few, args.context))):
-        frames = film(truth, images)
-        write_film(out / f"{name}.mp4", frames)
-    import imageio.v2 as imageio
-
-    shown = np.linspace(0, len(frames) - 1, 8).round().astype(int)  # one window, eight of its rows
-    imageio.imwrite(out / "open_loop.png", np.concatenate([frames[t][:, : module.SIZE] for t in shown], axis=1))
+    print(f"windows of {dataset.path}" + (", which the model was trained on" if trained_on else ""))
+    report["errors"] = on_windows(args, agent, batch, out)
     if args.episodes:
-        run_args.eval_episodes, run_args.eval_every = args.episodes, None
-        pool = evaluation_pool(run_args, config["dataset"], 1)
+        flags.eval_episodes, flags.eval_every = args.episodes, None
+        pool = common.evaluation_pool(flags, config["dataset"], 1)
         report |= in_the_environment(args, agent, pool, config)
     (out / "report.json").write_text(json.dumps(report, indent=1))
     print(f"films and report.json in {out}")
 
 
-def in_the_environment(args: Args, agent, pool: EnvPool, config: dict) -> dict:
-    generator = torch.Generator().manual_seed(args.seed)
-    uniform = lambda _: 2 * torch.rand(pool.count, agent.action_dim, generator=generator) - 1  # noqa: E731
-    states, _ = episodes(agent, pool, uniform, EVAL_SEED)
-    with torch.no_grad():
-        penalties = torch.stack([agent.penalty(state) for state in states]).cpu()
-    report = {"penalty_random_policy": statistics(penalties)}
-    found = report["penalty_random_policy"]
-    print(f"penalty on a random policy's states: {found['mean']:.3f} +- {found['std']:.3f}")
-    published = TABLE_14.get(config["args"]["dataset"]) if config["args"]["task"] == "walker-walk" else None
-    if published and config["args"].get("penalty") == "mean_disagreement":
-        print(f"  V-D4RL's Table 14, for Offline DV2 trained in full: {published[0]} +- {published[1]}")
-    torch.manual_seed(EVAL_SEED)  # the draws of --evaluate, hence its returns
-    states, rewards = episodes(agent, pool, lambda state: mode(agent, state), EVAL_SEED)
-    steps = len(rewards)
-    whole = imagined_reward(agent, states[0], steps).cpu().numpy()
-    report["return"] = {"real": statistics(rewards.sum(0)), "imagined": statistics(whole)}
-    horizon = min(args.horizon, steps)
-    starts = range(0, steps - horizon + 1, max(1, (steps - horizon) // 20))
-    pairs = np.array([
-        (real, promised)
-        for t in starts
-        for real, promised in zip(rewards[t : t + horizon].sum(0), imagined_reward(agent, states[t], horizon).cpu())
-    ])  # fmt: skip
-    report[f"reward_over_{horizon}_steps"] = {"real": statistics(pairs[:, 0]), "imagined": statistics(pairs[:, 1]),
-                                              "correlation": float(np.corrcoef(pairs.T)[0, 1])}  # fmt: skip
-    for name in ("return", f"reward_over_{horizon}_steps"):
-        real, imagined = report[name]["real"], report[name]["imagined"]
-        print(f"{name}: real {real['mean']:.1f} +- {real['std']:.1f}, "
-              f"imagined {imagined['mean']:.1f} +- {imagined['std']:.1f}")  # fmt: skip
-    return report
-
-
 if __name__ == "__main__":
     import tyro
 
-    sys.excepthook = one_line_errors
+    sys.excepthook = common.one_line_errors
     main(tyro.cli(Args, config=(tyro.conf.PositionalRequiredArgs,)))

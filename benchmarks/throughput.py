@@ -1,7 +1,7 @@
 """Prints how fast each part runs on this machine, one row per measurement, each the median of --repeats repetitions.
 
     python benchmarks/throughput.py                           # everything; on two CPU cores about 10 minutes
-    python benchmarks/throughput.py --only update buffer --accelerate eager graph
+    python benchmarks/throughput.py --only update buffer --accelerate eager compile
     python benchmarks/throughput.py --quick                   # rehearsal: tiny shapes, its numbers mean nothing
 
 calibration  one float32 forward pass of the DrQ encoder on 256 observations: compares two machines
@@ -33,57 +33,39 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[1:1] = [str(ROOT), str(ROOT / "algos")]
-from common import (  # noqa: E402
-    Dataset,
-    DatasetWriter,
-    EnvPool,
-    SequenceBuffer,
-    TransitionBuffer,
-    UserError,
-    accelerate,
-    choose_gl,
-    commit_of,
-    cores,
-    hardware,
-    has_bf16,
-    keep_freed_memory,
-    make_env,
-    one_line_errors,
-    versions,
-)
+sys.path[1:1] = [str(ROOT), str(ROOT / "algos"), str(ROOT / "data")]
+import drq_bc  # noqa: E402
+from store import DatasetWriter  # noqa: E402
+
+import common  # noqa: E402
+from common import Dataset, SequenceBuffer, TransitionBuffer, UserError  # noqa: E402
 
 # V-D4RL's released code, measured on 2 cores of an AMD EPYC (Zen 5) and nowhere else.
 RELEASED = {"drq_bc": 1.70, "bc": 1.18, "cql": 4.53}  # seconds per update, float32
 RELEASED_WORLD = {("offline_dv2", "model"): 2.35, ("offline_dv2", "agent"): 0.80}  # seconds per update, 8 x 50 rows
 RELEASED_BATCH, RELEASED_OPEN, RELEASED_MEMORY = 5.4, 3.0, 1500.0  # ms; s and MB to load 20,000 frames
 NOTE = """ratio: other code / measured; above 1 means less time or memory here.
-*: V-D4RL's released code (updates in fp32), measured on 2 cores of an AMD EPYC (Zen 5) only: on any other hardware
-   the ratio compares machines as much as code. Without *: dm_control, measured here and now."""
+Other code: V-D4RL's released (updates in fp32), measured on 2 cores of an AMD EPYC (Zen 5) only: on any other hardware
+the ratio compares machines as much as code. For rendering: dm_control's physics.render, measured here and now."""
 TASKS = ("walker-walk", "cheetah-run", "humanoid-walk")
-SIZE, ACTION_DIM, EPISODE = 84, 6, 500  # pixels; frames of a synthetic episode, its reset frame included
+SIZE, ACTION_DIM, EPISODE = drq_bc.SIZE, 6, 500  # pixels; rows of a synthetic episode
+PARTS = ("update", "world", "buffer", "open", "render")
 
 
 @dataclass
 class Args:
-    repeats: int = 5  # repetitions of each measurement; the median is printed
-    only: tuple[Literal["update", "world", "buffer", "open", "render"], ...] = (
-        "update", "world", "buffer", "open", "render",
-    )  # fmt: skip
-    windows: int | None = None  # of a world model's batch; None: 8 on a CPU, 64 (the papers') on a GPU
-    device: str = "auto"  # of updates and batches. auto: cuda if there is one, else cpu
-    accelerate: tuple[Literal["eager", "compile", "graph"], ...] = ("eager",)  # of updates; graph needs cuda
+    repeats: common.Count = 5  # repetitions of each measurement; the median is printed
+    only: tuple[Literal["update", "world", "buffer", "open", "render"], ...] = PARTS
+    windows: common.Count | None = None  # of a world model's batch; None: 8 on a CPU, 64 (the papers') on a GPU
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # of updates and batches; auto: cuda if there is one
+    precision: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")  # of updates; some CPUs emulate bf16, slowly
+    accelerate: tuple[Literal["eager", "compile"], ...] = ("eager",)  # of updates
     json: str | None = None  # also write the table to this file
     quick: bool = False  # batches of 16, 1,000 frames, short repetitions: checks that everything runs
 
     @property
     def batch_size(self) -> int:
         return 16 if self.quick else 256
-
-    @property
-    def duration(self) -> float:
-        """Seconds one repetition lasts at least."""
-        return 0.01 if self.quick else 1.0
 
 
 class Table:
@@ -95,29 +77,28 @@ class Table:
         self.rows, self.quick = [], quick
         print(self.LINE.format("part", "what", "measured", "unit", "per second", "other code", "ratio"))
 
-    def add(self, part: str, what: str, value: float, unit: str, rate=None, other: float | None = None, mark="*"):
-        """other: the same number of other code, measured on RELEASED's machine (mark "*") or just now ("")."""
-        ratio = other / value if other and value and not self.quick else None
-        row = {"part": part, "what": what, "value": value, "unit": unit, "per_second": rate}
-        self.rows.append(row | {"other": other, "other_measured_here": mark == "", "ratio": ratio})
-        texts = f"{rate or 0:.4g}", f"{other or 0:.4g}{mark}", f"{ratio or 0:.2f}"
-        cells = [text if number else "" for text, number in zip(texts, (rate, other, ratio))]
+    def add(self, part: str, what: str, value: float, unit: str, rate=None, other: float | None = None) -> None:
+        """rate: so many per second; other: what other code needs, in the same unit."""
+        ratio = other / value if other and not self.quick else None
+        row = {"part": part, "what": what, "value": value, "unit": unit}
+        self.rows.append(row | {"per_second": rate, "other": other, "ratio": ratio})
+        cells = [f"{x:.{digits}g}" if x else "" for x, digits in ((rate, 4), (other, 4), (ratio, 3))]
         print(self.LINE.format(part, what, f"{value:.3g}", unit, *cells), flush=True)
 
 
 def seconds_per_call(function: Callable, args: Args, device: str) -> float:
-    """Median over the repetitions; each makes as many calls as fill args.duration, after three to warm up."""
+    """Median over the repetitions; each makes as many calls as fill a second, after five to warm up."""
 
     def timed(calls: int) -> float:
         start = time.perf_counter()
         for _ in range(calls):
             function()
-        if device.startswith("cuda"):
+        if device == "cuda":
             torch.cuda.synchronize()
         return (time.perf_counter() - start) / calls
 
-    timed(5)  # the first allocate or compile; a graph is captured at the fourth
-    calls = math.ceil(args.duration / timed(1))
+    timed(5)  # the first allocate or compile
+    calls = math.ceil((0.01 if args.quick else 1.0) / timed(1))
     return statistics.median(timed(calls) for _ in range(args.repeats))
 
 
@@ -127,100 +108,95 @@ def alone(function: Callable, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def write_set(path: Path, frames: int, size: int = SIZE) -> None:
-    """A set of noise: `frames` image rows, episodes of EPISODE rows."""
+def write_set(path: Path, rows: int, size: int) -> Dataset:
+    """A set of noise in episodes of EPISODE rows."""
     rng = np.random.default_rng(0)
     with DatasetWriter(path, size, ACTION_DIM) as writer:
-        for _ in range(frames // EPISODE):
+        for _ in range(rows // EPISODE):
             images = rng.integers(256, size=(EPISODE, size, size, 3), dtype=np.uint8)
             writer.add(images, rng.uniform(-1, 1, (EPISODE - 1, ACTION_DIM)), rng.uniform(size=EPISODE - 1))
+    return Dataset(path)
 
 
 # ==== Measurements ====
 
 
 def calibrate(args: Args) -> float:
-    encoder = importlib.import_module("drq_bc").Encoder(9, SIZE).to(args.device)
+    encoder = drq_bc.Encoder(9, SIZE).to(args.device)
     obs = torch.rand(256, 9, SIZE, SIZE, device=args.device) - 0.5
     with torch.no_grad():
         return seconds_per_call(lambda: encoder(obs), args, args.device)
 
 
-def measure_update(table: Table, args: Args, dataset: Dataset) -> None:
-    precisions = ("fp32", "bf16") if has_bf16(args.device) else ("fp32",)
+def algorithms(args: Args, mark: str):
+    """Files of algos/ in whose text `mark` stands, each in every precision and acceleration: name, module, flags."""
     for file in sorted((ROOT / "algos").glob("*.py")):
-        text = file.read_text()
-        if "class Agent" not in text or "TransitionBuffer(" not in text:
-            continue  # a world model learns from sequences, with an update of another form
-        for precision in precisions:
+        if "class Agent" not in (text := file.read_text()) or mark not in text:
+            continue
+        for precision in args.precision:
             for how in args.accelerate:
-                value = update_seconds(file.stem, "next_obs=False" not in text, precision, how, args, dataset)
-                other = RELEASED.get(file.stem) if args.device == "cpu" else None
-                table.add("update", f"{file.stem}, {precision}, {how}", value, "s/update", 1 / value, other)
-    if "bf16" not in precisions:
-        print("            (no bf16: this hardware only emulates it)")
+                torch.compiler.reset()  # else the code of the agent before counts as a recompilation
+                module = importlib.import_module(file.stem)
+                flags = module.Args(device=args.device, precision=precision, accelerate=how)
+                yield file.stem, module, flags
 
 
-def update_seconds(algo: str, next_obs: bool, precision: str, how: str, args: Args, dataset: Dataset) -> float:
-    module = importlib.import_module(algo)
-    run_args = module.Args(device=args.device, precision=precision, accelerate=how, batch_size=args.batch_size)
-    returns = {name: getattr(run_args, name) for name in ("nstep", "gamma") if hasattr(run_args, name)}
-    buffer = TransitionBuffer(dataset, args.batch_size, device=args.device, buffer_device="auto", next_obs=next_obs,
-                              **returns)  # fmt: skip
-    torch.compiler.reset()  # else the code of the agent before counts as a recompilation
-    agent = module.Agent(run_args, buffer.obs_shape, buffer.action_dim).to(args.device)
-    update = accelerate(agent, "update", run_args)
-    schedule = (module.noise_std(run_args, 0),) if hasattr(module, "noise_std") else ()
-    return seconds_per_call(lambda: update(buffer.sample(), *schedule), args, args.device)
+def measure_update(table: Table, args: Args, dataset: Dataset) -> None:
+    for name, module, flags in algorithms(args, "TransitionBuffer("):
+        flags.batch_size = args.batch_size
+        returns = {"next_obs": False}  # behaviour cloning
+        if hasattr(flags, "nstep"):
+            returns = {"nstep": flags.nstep, "gamma": flags.gamma}
+        buffer = TransitionBuffer(dataset, args.batch_size, module.FRAME_STACK, device=args.device,
+                                  buffer_device="auto", **returns)  # fmt: skip
+        agent = module.Agent(flags, buffer.obs_shape, buffer.action_dim).to(args.device)
+        common.accelerate(agent, flags)
+        noise = module.noise_std(flags, 0)
+        value = seconds_per_call(lambda: agent.update(buffer.sample(), noise), args, args.device)  # noqa: B023
+        other = RELEASED.get(name) if args.device == "cpu" else None
+        table.add("update", f"{name}, {flags.precision}, {flags.accelerate}", value, "s/update", 1 / value, other)
 
 
 def measure_world(table: Table, args: Args, dataset: Dataset) -> None:
-    for file in sorted((ROOT / "algos").glob("*.py")):
-        if "class WorldModel" not in file.read_text():
-            continue
-        for precision in ("fp32", "bf16") if has_bf16(args.device) else ("fp32",):
-            for how in args.accelerate:
-                for phase, value in world_seconds(file.stem, precision, how, args, dataset).items():
-                    known = args.device == "cpu" and args.windows == 8 and not args.quick
-                    other = RELEASED_WORLD.get((file.stem, phase)) if known else None
-                    what = f"{file.stem} {phase}, {args.windows} x {5 if args.quick else 50}, {precision}, {how}"
-                    unit = "s" if phase == "rollouts" else "s/update"
-                    table.add("world", what, value, unit, 1 / value, other)
+    for name, module, flags in algorithms(args, "class WorldModel"):
+        flags.batch_size = args.windows
+        if args.quick:
+            flags.window, flags.cnn_depth = 5, 4
+        for phase, value in world_seconds(module, flags, args, dataset).items():
+            known = args.device == "cpu" and args.windows == 8 and not args.quick
+            other = RELEASED_WORLD.get((name, phase)) if known else None
+            what = f"{name} {phase}, {args.windows} x {flags.window}, {flags.precision}, {flags.accelerate}"
+            table.add("world", what, value, "s" if phase == "rollouts" else "s/update", 1 / value, other)
 
 
-def world_seconds(algo: str, precision: str, how: str, args: Args, dataset: Dataset) -> dict[str, float]:
+def world_seconds(module, flags, args: Args, dataset: Dataset) -> dict[str, float]:
     """Seconds per update of each phase, batches included. LOMPO's rollouts, every 200 agent updates, are a line apart.
     MOTO has one update, of model and agent."""
-    module = importlib.import_module(algo)
-    small = {"window": 5, "cnn_depth": 4} if args.quick else {}
-    run_args = module.Args(device=args.device, precision=precision, accelerate=how, batch_size=args.windows, **small)
-    buffer = SequenceBuffer(dataset, args.windows, run_args.window, device=args.device, buffer_device="auto")
-    torch.compiler.reset()
-    agent = module.Agent(run_args, buffer.action_dim).to(args.device)
+    buffer = SequenceBuffer(dataset, args.windows, flags.window, device=args.device, buffer_device="auto")
+    agent = module.Agent(flags, buffer.action_dim).to(args.device)
+    common.accelerate(agent, flags)
     if hasattr(agent, "update"):
-        update, keep = accelerate(agent, "update", run_args), torch.ones(args.windows, run_args.window).to(args.device)
-        return {"update": seconds_per_call(lambda: update(buffer.sample(), keep), args, args.device)}
-    model, update = (accelerate(agent, name, run_args) for name in ("update_model", "update_agent"))
-    found = {"model": seconds_per_call(lambda: model(buffer.sample()), args, args.device)}
-    embeds = agent.embed_set(buffer)
-
-    def from_windows():
-        batch = buffer.sample(images=False)
-        return update(batch, embeds[batch.row])
-
-    if hasattr(module, "LatentBuffer"):
-        latent = module.LatentBuffer(buffer, agent.model.feat_dim)
-        module.generate(agent, latent, buffer, embeds, 0)
-        found["agent"] = seconds_per_call(lambda: update(latent.sample(run_args.agent_batch_size)), args, args.device)
-        again = partial(module.generate, agent, latent, buffer, embeds, run_args.rollout_every)
-        found["rollouts"] = seconds_per_call(again, args, args.device)
+        worth = torch.ones(args.windows, flags.window, device=args.device)
+        calls = {"update": lambda: agent.update(buffer.sample(), worth)}
     else:
-        found["agent"] = seconds_per_call(from_windows, args, args.device)
-    return found
+        calls = {"model": lambda: agent.update_model(buffer.sample())}
+        embeds = agent.embed_set(buffer)
+        if hasattr(module, "LatentBuffer"):
+            latent = module.LatentBuffer(buffer, agent.model.feat_dim)
+            module.refill(agent, latent, embeds, 0)
+            calls["agent"] = lambda: agent.update_agent(latent.sample(flags.agent_batch_size))
+            calls["rollouts"] = lambda: module.refill(agent, latent, embeds, flags.rollout_every)
+        else:
+
+            def update_agent():
+                batch = buffer.sample(images=False)
+                agent.update_agent(batch, embeds[batch.row])
+
+            calls["agent"] = update_agent
+    return {phase: seconds_per_call(call, args, args.device) for phase, call in calls.items()}
 
 
 def measure_buffer(table: Table, args: Args, dataset: Dataset) -> None:
-    keep_freed_memory()  # as every run on a CPU does
     for device in dict.fromkeys(("cpu", args.device)):
         buffer = TransitionBuffer(dataset, args.batch_size, nstep=3, device=device, buffer_device="auto")
         value = seconds_per_call(buffer.sample, args, device)
@@ -230,8 +206,8 @@ def measure_buffer(table: Table, args: Args, dataset: Dataset) -> None:
 
 def measure_open(table: Table, args: Args, path: Path) -> None:
     for what, with_buffer in (("Dataset", False), ("Dataset and TransitionBuffer", True)):
-        runs = [alone(open_cost, path, with_buffer) for _ in range(args.repeats)]
-        seconds, memory = (statistics.median(column) for column in zip(*runs))
+        costs = [alone(open_cost, path, with_buffer) for _ in range(args.repeats)]
+        seconds, memory = (statistics.median(column) for column in zip(*costs))
         table.add("open", what, seconds, "s", other=RELEASED_OPEN)
         table.add("open", f"{what}: resident memory", memory, "MB", other=RELEASED_MEMORY)
 
@@ -260,27 +236,28 @@ def measure_render(table: Table, args: Args) -> None:
         table.add("render", f"{task}, dm_control's physics.render", plain, "ms/frame", 1e3 / plain)
         for quality in ("reference", "fast"):
             value = alone(render_seconds, task, quality, args) * 1e3
-            table.add("render", f"{task}, {quality}", value, "ms/frame", 1e3 / value, plain, mark="")
+            table.add("render", f"{task}, {quality}", value, "ms/frame", 1e3 / value, plain)
     for task in TASKS:
         value = alone(pool_seconds, task, args) * 1e3
-        table.add("render", f"{task}, EnvPool, {cores()} workers, fast", value, "ms/frame", 1e3 / value)
+        table.add("render", f"{task}, EnvPool, {common.cores()} workers, fast", value, "ms/frame", 1e3 / value)
 
 
 def render_seconds(task: str, renderer: str, args: Args) -> float:
     """Seconds per frame: the median repetition's mean. The states are the same for each renderer."""
     if renderer == "physics.render":
-        os.environ["MUJOCO_GL"] = choose_gl()
-        env = make_env(task, size=None)  # states alone, so that no context but dm_control's own exists
-        render = partial(env.physics.render, SIZE, SIZE, camera_id=0)
+        os.environ["MUJOCO_GL"] = common.gl_backend()
+        simulator = common.DMCSimulator(task)  # without a camera of ours: no context but dm_control's own exists
+        render = partial(simulator.env.physics.render, SIZE, SIZE, camera_id=0)
     else:
-        env = make_env(task, SIZE, frame_stack=1, render=renderer)
-        render = env.renderer.render
-    env.reset(seed=0)
+        env = common.make_env(task, SIZE, frame_stack=1, render=renderer)
+        simulator, render = env.simulator, env.frame
+    simulator.reset(seed=0)
     rng, repetitions = np.random.default_rng(0), []
     for _ in range(args.repeats + 1):  # the first warms up
         spent = []
         for _ in range(5 if args.quick else 100):
-            env.env.step(rng.uniform(-1, 1, env.action_dim))
+            if simulator.step(rng.uniform(-1, 1, simulator.action_dim))[3]:  # the episode is over
+                simulator.reset(seed=0)
             start = time.perf_counter()
             frame = render()
             spent.append(time.perf_counter() - start)
@@ -291,9 +268,9 @@ def render_seconds(task: str, renderer: str, args: Args) -> float:
 
 def pool_seconds(task: str, args: Args) -> float:
     """Seconds per frame of an EnvPool with one environment per core: action repeat, rendering and pipes."""
-    count = cores()
-    pool, rng, repetitions = EnvPool(task, SIZE, count), np.random.default_rng(0), []
-    actions = rng.uniform(-1, 1, (5 if args.quick else 100, count, pool.call("action_size", [()] * count)[0]))
+    count = common.cores()
+    pool, rng, repetitions = common.EnvPool(task, SIZE, count), np.random.default_rng(0), []
+    actions = rng.uniform(-1, 1, (5 if args.quick else 100, count, pool.spec["action_dim"]))
     for repetition in range(args.repeats + 1):  # the first warms up
         pool.reset(repetition * count + np.arange(count))
         start = time.perf_counter()
@@ -306,52 +283,42 @@ def pool_seconds(task: str, args: Args) -> float:
 
 
 def main(args: Args) -> None:
-    if args.repeats < 1:
-        raise UserError(f"--repeats {args.repeats}: at least 1")
+    common.check_ranges(args)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device.startswith("cuda:"):
-        torch.cuda.set_device(args.device)
     if args.windows is None:
-        args.windows = 2 if args.quick else 64 if args.device.startswith("cuda") else 8
-    torch.backends.cudnn.allow_tf32 = False  # of the calibration; accelerate() sets it for the updates
-    machine = {"hardware": hardware(args.device), "versions": versions(), "torch_threads": torch.get_num_threads()}
-    print(f"{machine['hardware']}; {machine['torch_threads']} torch threads; device {args.device}; "
-          + ", ".join(f"{name} {version}" for name, version in machine["versions"].items()))  # fmt: skip
+        args.windows = 2 if args.quick else 64 if args.device == "cuda" else 8
+    flags = drq_bc.Args(device=args.device, precision="fp32", accelerate="eager")
+    common.accelerate(None, flags)  # torch's and the allocator's settings of every run
+    facts = common.provenance(args.device)
+    print(f"{facts['hardware']}; {torch.get_num_threads()} torch threads; device {args.device}; "
+          + ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))  # fmt: skip
     if args.quick:
         print("REHEARSAL (--quick): tiny shapes and few repetitions; compare none of these numbers")
-    calibration = calibrate(args)
-    print(f"calibration: {calibration * 1e3:.4g} ms per forward pass of the DrQ encoder, 256 observations, fp32\n")
+    facts |= {"calibration_s": calibrate(args), "device": args.device, "quick": args.quick, "repeats": args.repeats}
+    milliseconds = f"{facts['calibration_s'] * 1e3:.4g} ms"
+    print(f"calibration: {milliseconds} per forward pass of the DrQ encoder, 256 observations, fp32\n")
     table = Table(args.quick)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "noise-84px"
-        if set(args.only) - {"render", "world"}:
-            write_set(path, 1_000 if args.quick else 20_000)
+        if {"update", "buffer", "open"} & {*args.only}:
+            dataset = write_set(Path(folder, "noise-84px"), 1_000 if args.quick else 20_000, SIZE)
         if "update" in args.only:
-            measure_update(table, args, Dataset(path))
+            measure_update(table, args, dataset)
         if "world" in args.only:
-            small = Path(folder) / "noise-64px"
-            write_set(small, 1_000 if args.quick else 5_000, size=64)
-            measure_world(table, args, Dataset(small))
+            measure_world(table, args, write_set(Path(folder, "noise-64px"), 1_000 if args.quick else 5_000, 64))
         if "buffer" in args.only:
-            measure_buffer(table, args, Dataset(path))
+            measure_buffer(table, args, dataset)
         if "open" in args.only:
-            measure_open(table, args, path)
+            measure_open(table, args, dataset.path)
     if "render" in args.only:
         measure_render(table, args)
     print(NOTE)
     if args.json:
-        facts = machine | {name: getattr(args, name) for name in ("device", "quick", "repeats")}
-        facts |= {
-            "commit": commit_of(Path(__file__), ROOT / "common.py"),
-            "calibration_s": calibration,
-            "rows": table.rows,
-        }
-        Path(args.json).write_text(json.dumps(facts, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(facts | {"rows": table.rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
     import tyro
 
-    sys.excepthook = one_line_errors
+    sys.excepthook = common.one_line_errors
     main(tyro.cli(Args))

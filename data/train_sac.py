@@ -22,7 +22,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # 256-wide layers: a second thread costs more than it gives
 
@@ -33,9 +33,11 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))
-from collect import EPISODE, GRID, POLICIES, STATE_EVERY, TABLE_5, SACPolicy, policy_file  # noqa: E402
+from collect import EPISODE, GRID, POLICIES, STATE_EVERY, SACPolicy, get_state, policy_file  # noqa: E402
+from published import TABLE_5  # noqa: E402
+from store import return_statistics, standard_transitions, take_lock  # noqa: E402
 
-from common import EnvPool, UserError, lock_file, make_env, one_line_errors, return_statistics, standard_transitions  # noqa: E402
+from common import Count, EnvPool, Share, UserError, Weight, Whole, check_ranges, make_env, one_line_errors  # noqa: E402
 
 HIDDEN, BATCH, GAMMA = 256, 256, 0.99
 STANDING = 1.3  # m: the root of a humanoid on its feet
@@ -45,20 +47,20 @@ FALLEN, RISEN = 1.0, 1.3  # m: its head when it falls, and when it is up again
 @dataclass
 class Args:
     task: str = "walker-walk"  # dm_control domain-task
-    steps: int = 60_000  # gradient updates; the first 500 turns only collect
-    envs: int = 8  # environments, one control step each per update; another number may continue a run
-    lr: float = 1e-3  # Adam, of actor, critics and temperature
-    tau: float = 0.005  # Polyak rate of the target critics, per update
+    steps: Count = 60_000  # gradient updates; the first 500 turns only collect
+    envs: Count = 8  # environments, one control step each per update; another number may continue a run
+    lr: Weight = 1e-3  # Adam, of actor, critics and temperature
+    tau: Share = 0.005  # Polyak rate of the target critics, per update
     entropy: float = -1.0  # target entropy per action dimension; lower: less noise
-    mean_penalty: float = 0.0  # weight of the squared means before tanh, in the actor's loss: off the bounds
-    upright: int = 0  # humanoid: so many of --envs start on their feet, and again whenever they fall, see stand()
-    guided: int = 0  # humanoid: in so many others the shipped medium policy gets it up, whenever it is down
-    newest: int | None = None  # transitions to learn from, the last collected; None: all
-    seed: int = 0  # of weights, actions and initial states
-    actor_every: int = 250  # updates between saved actors
+    mean_penalty: Weight = 0.0  # weight of the squared means before tanh, in the actor's loss: off the bounds
+    upright: Whole = 0  # humanoid: so many of --envs start on their feet, and again whenever they fall, see stand()
+    guided: Whole = 0  # humanoid: in so many others the shipped medium policy gets it up, whenever it is down
+    newest: Annotated[int, (BATCH, 2**31)] | None = None  # transitions to learn from, the last collected; None: all
+    seed: Whole = 0  # of weights, actions and initial states
+    actor_every: Count = 250  # updates between saved actors
     runs_dir: Path = ROOT / "runs" / "sac"  # run folders: <runs_dir>/<task>
     export: tuple[Literal["medium", "expert", "mixed"], ...] = ()  # write these to data/policies/<task>/ and stop
-    candidates: int = 8  # --export: actors to try, those whose round scored nearest while it learned
+    candidates: Count = 8  # --export: actors to try, those whose round scored nearest while it learned
 
 
 def mlp(inputs: int, outputs: int) -> nn.Sequential:
@@ -152,34 +154,31 @@ def stand(env, rng: np.random.Generator) -> np.ndarray:
     From the task's own starts a humanoid learns to get up first, and then to leap, fall and get up again. With most
     environments on their feet it learns to walk first, while a fall still costs all that is to come: rewards and the
     end of an episode stay the task's, and what lying is worth is learned where episodes start as the task's do. How to
-    get up it then learns from a policy that can (--guided); by itself it had not after 126,000 updates of seed 0
-    (--envs 8 --tau 0.01 --upright 6, from 88,000 on --upright 3)."""
-    physics, turn = env.physics, rng.uniform(-np.pi, np.pi)
+    get up it then learns from a policy that can (--guided)."""
+    simulator, turn = env.simulator.env, rng.uniform(-np.pi, np.pi)
+    physics = simulator.physics
     with physics.reset_context():
         physics.data.qpos[:] = physics.model.qpos0
         physics.data.qpos[2:7] = STANDING, np.cos(turn / 2), 0, 0, np.sin(turn / 2)
         physics.data.qpos[7:] += rng.uniform(-0.1, 0.1, len(physics.data.qpos) - 7)
         physics.data.qvel[:2] = rng.uniform(0, 1) * np.array([np.cos(turn), np.sin(turn)])
-    parts = env.env.task.get_observation(physics).values()
+    parts = simulator.task.get_observation(physics).values()
     return np.concatenate([np.ravel(part) for part in parts]).astype(np.float32)
 
 
 def train(args: Args) -> None:
     out = args.runs_dir / args.task
     (out / "actors").mkdir(parents=True, exist_ok=True)
-    lock = lock_file(out / ".lock")  # noqa: F841  held until the process ends
+    lock = take_lock(out / ".lock", wait=False)  # noqa: F841  held until the process ends
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     envs = [make_env(args.task, size=None) for _ in range(args.envs)]
+    physics = [env.simulator.env.physics for env in envs]
     _, info = envs[0].reset(0)
-    D, A, S = len(info["state"]), envs[0].action_dim, len(envs[0].get_state())
+    D, A, S = len(info["state"]), envs[0].spec["action_dim"], len(get_state(envs[0]))
     helped = args.upright + args.guided  # environments whose episodes are not the agent's own from the task's starts
-    if args.newest is not None and args.newest < BATCH:
-        raise UserError(f"--newest {args.newest}: at least {BATCH} transitions, a batch")
-    if min(args.upright, args.guided) < 0:
-        raise UserError("--upright and --guided are numbers of environments: 0 or more")
-    if helped and (helped >= args.envs or not hasattr(envs[0].physics, "head_height")):
+    if helped and (helped >= args.envs or not hasattr(physics[0], "head_height")):
         raise UserError("--upright and --guided are for humanoids, and together for fewer than --envs")
     rounds = -(-args.steps // EPISODE)  # every environment makes one episode a round
     checkpoint, saved = out / "checkpoint.pt", {"rounds": 0, "episodes": 0}
@@ -221,14 +220,14 @@ def train(args: Args) -> None:
         for t in range(EPISODE):
             if t % STATE_EVERY == 0:
                 for i, env in enumerate(envs):
-                    record.physics[episodes + i, t // STATE_EVERY] = env.get_state()
+                    record.physics[episodes + i, t // STATE_EVERY] = get_state(env)
             if done_rounds == 0:  # one round of uniform actions before learning starts
                 action = rng.uniform(-1, 1, (args.envs, A))
             else:
                 with torch.no_grad():
                     action = agent.sample(torch.from_numpy(states) / agent.scale)[0].numpy()
                 for i in range(args.upright, helped):
-                    if envs[i].physics.head_height() < RISEN:
+                    if physics[i].head_height() < RISEN:
                         action[i] = guide.act(states[i], rng)
             grid = np.rint(action * GRID).astype(np.int16)
             action = grid.astype(f32) / f32(GRID)
@@ -241,7 +240,7 @@ def train(args: Args) -> None:
                 returns[i] += reward
             replay.next_state[rows] = states
             for i, env in enumerate(envs[: args.upright]):
-                if env.physics.head_height() < FALLEN:
+                if physics[i].head_height() < FALLEN:
                     states[i] = stand(env, rng)
             record.action[episodes : episodes + args.envs, t] = grid
             weight = args.envs / max(rows.stop, 1)  # running moments over all transitions so far
@@ -291,9 +290,8 @@ def export_actor(args: Args, name: str, out: Path, target: Path) -> None:
     |mean - mean'| of its mean action's, which is what an algorithm learns from the set."""
     wanted, spread = TABLE_5[args.task, name][:2]
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
-    updates, returns = (
-        np.load(out / "record" / f"{n}.npy", mmap_mode="r")[: saved["episodes"]] for n in ("updates", "ret")
-    )
+    arrays = (np.load(out / "record" / f"{name}.npy", mmap_mode="r") for name in ("updates", "ret"))
+    updates, returns = (array[: saved["episodes"]] for array in arrays)
     updates, returns = updates[~np.isnan(returns)], returns[~np.isnan(returns)]
     ends, first = np.unique(updates, return_index=True)  # of the rounds
     scored = np.add.reduceat(returns, first) / np.diff([*first, len(returns)])
@@ -317,8 +315,7 @@ def export_actor(args: Args, name: str, out: Path, target: Path) -> None:
 def export_mixed(args: Args, out: Path, target: Path) -> None:
     """The first episodes of the replay, as many as the published set has."""
     count = standard_transitions(args.task, "mixed") // EPISODE
-    names = ("seed", "action", "physics", "ret")
-    arrays = {name: np.load(out / "record" / f"{name}.npy", mmap_mode="r")[:count] for name in names}
+    arrays = {n: np.load(out / f"record/{n}.npy", mmap_mode="r")[:count] for n in ("seed", "action", "physics", "ret")}
     if np.isnan(arrays["ret"]).any():
         raise UserError(f"--export mixed: the first episodes of {out} are of --upright or --guided")
     np.savez_compressed(target / "mixed.npz", **arrays)
@@ -327,6 +324,7 @@ def export_mixed(args: Args, out: Path, target: Path) -> None:
 
 
 def main(args: Args) -> None:
+    check_ranges(args)
     if not args.export:
         return train(args)
     out, target = args.runs_dir / args.task, POLICIES / args.task

@@ -1,10 +1,11 @@
-"""What the tests share: paths, one thread, a really rendered set, and a writer of small synthetic ones."""
+"""What the tests share: paths, one thread, small sets, an environment of four steps, and main() in this process."""
 
 import gc
 import os
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "algos"), str(ROOT / "data")]
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # of child processes
 torch.set_num_threads(1)
 
+from store import DatasetWriter  # noqa: E402
+
 import common  # noqa: E402
-from common import DatasetWriter  # noqa: E402
+
+gc.freeze()  # what is imported is never garbage: collections take milliseconds
 
 
 def run_python(*words, **kwargs) -> subprocess.CompletedProcess:
@@ -27,12 +31,17 @@ def run_python(*words, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, **kwargs)
 
 
-def run_main(module, words, methods=("update",), crash=None, update=None):
-    """`python algos/<module>.py <words>`, in this process. Returns the SystemExit, UserError or KeyboardInterrupt that
-    ended it, else None.
+# ---- main() in this process ----
+
+UPDATES = ("update", "update_model", "update_agent")  # methods of an Agent that make one gradient update
+
+
+def run_main(module, words, methods=UPDATES, crash=None, update=None, pool=None):
+    """`python algos/<module>.py <words>`, in this process. Returns the SystemExit, UserError, OSError or
+    KeyboardInterrupt that ended it, else None.
 
     crash=n: it dies before the n-th call of one of Agent's `methods`. update(original, n, agent, *args) takes their
-    place."""
+    place; pool that of common.EnvPool."""
     handlers, count = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}, 0
 
     def counted(original):
@@ -46,14 +55,15 @@ def run_main(module, words, methods=("update",), crash=None, update=None):
         return method
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "excepthook", sys.excepthook)  # parse_args replaces it
         patch.setattr(sys, "argv", [str(word) for word in (module.__file__, *words)])
         patch.setattr(sys.modules["__main__"], "__file__", module.__file__, raising=False)
+        patch.setattr(common, "EnvPool", pool or common.EnvPool)
         for name in methods:
-            patch.setattr(module.Agent, name, counted(getattr(module.Agent, name)))
+            if hasattr(module.Agent, name):
+                patch.setattr(module.Agent, name, counted(getattr(module.Agent, name)))
         try:
             module.main(common.parse_args(module.Args, module.TUNED, module.QUICK))
-        except (SystemExit, common.UserError, KeyboardInterrupt) as error:
+        except (SystemExit, common.UserError, OSError, KeyboardInterrupt) as error:
             error.__context__ = None
             return error.with_traceback(None)  # frames, also those of a cause, would hold the run's lock
         finally:
@@ -62,22 +72,63 @@ def run_main(module, words, methods=("update",), crash=None, update=None):
             gc.collect()
 
 
+# ---- environments ----
+
+
+class FourSteps(common.Env):
+    """An environment without a simulator: episodes of four steps and two action dimensions. Frames and states are a
+    function of the seed and of all actions, the reward of the last action's first dimension."""
+
+    spec = {"action_dim": 2, "action_repeat": 2, "return_per_score": 10, "episode_steps": 4}
+
+    def __init__(self, size: int, frame_stack: int):
+        self.simulator, self.renderer, self.size, self.frame_stack = self, True, size, frame_stack
+
+    def reset(self, seed: int):
+        self.history = [np.random.default_rng(seed).uniform(-1, 1, 2)]
+        self.frames = [self.frame()] * self.frame_stack
+        return np.concatenate(self.frames), {"state": self.state()}
+
+    def step(self, action: np.ndarray):
+        self.history.append(np.asarray(action, np.float64))
+        self.frames = [*self.frames[1:], self.frame()]
+        over, info = len(self.history) == 5, {"state": self.state(), "success": action[1] > 0}
+        return np.concatenate(self.frames), 1.0 + action[0], False, over, info
+
+    def state(self) -> np.ndarray:
+        return np.mean(self.history, 0).astype(np.float32)
+
+    def frame(self) -> np.ndarray:
+        rng = np.random.default_rng((self.state() * 1000 + 2000).astype(int))
+        return rng.integers(0, 256, (3, self.size, self.size), np.uint8)
+
+
+class FourStepsPool(common.EnvPool):
+    """common.EnvPool over FourSteps, without processes."""
+
+    def __init__(self, task, size, count, frame_stack=3, render="fast", workers=None):
+        self.count, self.spec = count, FourSteps.spec
+        self.envs = [FourSteps(size, frame_stack) for _ in range(count)]
+
+    def call(self, function, arguments: list) -> list:
+        function = getattr(FourSteps, function.__name__)
+        return [words if words is None else function(env, *words) for env, words in zip(self.envs, arguments)]
+
+
 @pytest.fixture(autouse=True)
-def users_backend():
-    """Environments set MUJOCO_GL (off without frames, else the backend they found); undone after each test."""
-    yield
-    os.environ.pop("MUJOCO_GL", None)
-    os.environ.update({name: value for name, value in ENVIRONMENT.items() if name == "MUJOCO_GL"})
+def excepthook(monkeypatch):
+    """parse_args replaces it; undone after each test."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+
+# ---- sets ----
 
 
 @pytest.fixture(scope="session")
 def tiny_set(tmp_path_factory) -> Path:
-    """walker-walk random, 84 px, two episodes, made by the command line. Its data dir is tiny_set.parents[2]."""
-    data_dir = tmp_path_factory.mktemp("datasets")
-    flags = ["--task", "walker-walk", "--dataset", "random", "--transitions", 1000, "--size", 84]
-    result = run_python("data/collect.py", *flags, "--data-dir", data_dir)
-    assert result.returncode == 0, result.stderr
-    return data_dir / "made" / "walker-walk" / "random-84px-1000"
+    """walker-walk random, 84 px, two episodes, made on the spot as for training. Its data dir: tiny_set.parents[2]."""
+    words = {"task": "walker-walk", "dataset": "random", "source": "made", "transitions": 1000, "data_seed": 0}
+    return common.open_dataset(Namespace(**words, data_dir=str(tmp_path_factory.mktemp("datasets"))), 84).path
 
 
 def synthetic_episode(first_row: int, length: int, size: int, action_dim: int, rng: np.random.Generator) -> tuple:
@@ -90,11 +141,11 @@ def synthetic_episode(first_row: int, length: int, size: int, action_dim: int, r
     return frames, rng.uniform(-1, 1, (length, action_dim)).astype(np.float32), rng.uniform(0, 2, length)
 
 
-def write_set(path, lengths=(7, 5), size=12, action_dim=2, terminal_last=False, seed=0) -> Path:
+def write_set(path, lengths=(7, 5), size=12, action_dim=2, terminal_last=False, seed=0, task="own") -> Path:
     """A set of episodes of lengths[i] steps (lengths[i] + 1 rows) of synthetic_episode. The last one ends in a
     terminal where terminal_last; the others end by their time limit."""
     rng, row = np.random.default_rng(seed), 0
-    with DatasetWriter(path, size, action_dim) as writer:
+    with DatasetWriter(path, size, action_dim, task=task) as writer:
         for i, length in enumerate(lengths):
             terminal = terminal_last and i == len(lengths) - 1
             writer.add(*synthetic_episode(row, length, size, action_dim, rng), terminal=terminal)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import store
 import torch
-from conftest import ENVIRONMENT, ROOT, run_python, synthetic_episode, write_set
+from conftest import ENVIRONMENT, ROOT, synthetic_episode, write_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from store import DatasetWriter
 
-import common
-from common import Dataset, DatasetWriter, TransitionBuffer, UserError, open_dataset
+from common import Dataset, TransitionBuffer, UserError, open_dataset
 
 ARRAYS = ("image", "action", "reward", "discount", "episode")
 GAMMA = 0.9
@@ -93,8 +95,9 @@ def test_every_window_equals_a_naive_loop(tmp_path, kind, nstep, stack):
     buffer = TransitionBuffer(Dataset(path), 4, frame_stack=stack, nstep=nstep, gamma=GAMMA)
     expected = list(naive_windows(folders, stack, nstep))
     lengths = [7, 2, 5, 1] + ([3, 6] if kind == "two parts" else [])
-    assert len(buffer) == len(expected) == sum(max(length - nstep + 1, 0) for length in lengths)
-    whole = buffer.gather(torch.arange(len(buffer)))
+    count = len(buffer.rows)
+    assert count == len(expected) == sum(max(length - nstep + 1, 0) for length in lengths)
+    whole = buffer.gather(torch.arange(len(buffer.rows)))
     for i, (obs, action, reward, discount, next_obs) in enumerate(expected):
         single = buffer.gather(torch.tensor([i]))  # also batches that lie in one part alone
         for batch, j in ((whole, i), (single, 0)):
@@ -103,31 +106,10 @@ def test_every_window_equals_a_naive_loop(tmp_path, kind, nstep, stack):
             assert np.array_equal(batch.action[j].numpy(), action)
             assert batch.reward[j].item() == pytest.approx(reward, rel=1e-6)
             assert batch.discount[j].item() == pytest.approx(discount, rel=1e-6, abs=0)
-    shape = (len(buffer), 3 * stack, 12, 12)
+    shape = (count, 3 * stack, 12, 12)
     assert whole.obs.shape == whole.next_obs.shape == shape and whole.obs.dtype == torch.uint8
-    assert whole.reward.shape == whole.discount.shape == (len(buffer), 1) and whole.reward.dtype == torch.float32
-    assert whole.action.shape == (len(buffer), 2) and whole.action.dtype == torch.float32
-
-
-def test_discount_is_zero_at_a_terminal_and_bootstraps_through_a_time_limit(tmp_path):
-    path = write_set(tmp_path / "set", lengths=(4, 4), terminal_last=True)
-    buffer = TransitionBuffer(Dataset(path), 4, nstep=2, gamma=GAMMA)
-    discount = buffer.gather(torch.arange(6)).discount[:, 0]
-    torch.testing.assert_close(discount, torch.tensor([0.81, 0.81, 0.81, 0.81, 0.81, 0.0]))
-
-
-def test_reward_t_gives_the_closed_form(tmp_path):
-    T, n = 20, 3
-    frames, actions, _ = synthetic_episode(0, T, 6, 1, np.random.default_rng(0))
-    with DatasetWriter(tmp_path / "set", 6, 1) as writer:
-        writer.add(frames, actions, np.arange(T))  # leaving frame t is rewarded with t
-    buffer = TransitionBuffer(Dataset(tmp_path / "set"), 4, nstep=n, gamma=GAMMA)
-    t = torch.arange(T - n + 1.0)
-    # sum over k < n of g^k (t + k) = t (1 - g^n) / (1 - g) + g (1 - n g^(n-1) + (n-1) g^n) / (1 - g)^2
-    powers = GAMMA * (1 - n * GAMMA ** (n - 1) + (n - 1) * GAMMA**n) / (1 - GAMMA) ** 2
-    closed = t * (1 - GAMMA**n) / (1 - GAMMA) + powers
-    assert len(buffer) == T - n + 1 == 18
-    torch.testing.assert_close(buffer.reward[:, 0], closed)
+    assert whole.reward.shape == whole.discount.shape == (count, 1) and whole.reward.dtype == torch.float32
+    assert whole.action.shape == (count, 2) and whole.action.dtype == torch.float32
 
 
 def row_of(frames: torch.Tensor) -> torch.Tensor:
@@ -160,38 +142,14 @@ def test_no_window_mixes_episodes_and_none_is_missing(lengths, nstep, stack, cut
                 TransitionBuffer(dataset, 4, stack, nstep)
             return
         buffer = TransitionBuffer(dataset, 4, stack, nstep)
-        assert len(buffer) == len(expected) == sum(max(length - nstep + 1, 0) for length in lengths)
-        batch = buffer.gather(torch.arange(len(buffer)))
+        assert len(buffer.rows) == len(expected) == sum(max(length - nstep + 1, 0) for length in lengths)
+        batch = buffer.gather(torch.arange(len(buffer.rows)))
         obs, next_obs = (row_of(x.view(len(x), stack, 3, 3, 3)) for x in (batch.obs, batch.next_obs))
         actions = [np.load(part / "action.npy") for part in parts]
         for i, (part, first, row) in enumerate(expected):
             assert obs[i].tolist() == [max(row - k, first) for k in reversed(range(stack))]
             assert next_obs[i].tolist() == [max(row + nstep - k, first) for k in reversed(range(stack))]
             assert batch.action[i].numpy() == actions[part][row + 1]
-
-
-def pairs_that_fit(path: Path) -> float:
-    """The share of (obs, action, next_obs) in which the next frame is the frame, brightened as the action says."""
-    buffer = TransitionBuffer(Dataset(path), 4, frame_stack=1)
-    batch = buffer.gather(torch.arange(len(buffer)))
-    change = batch.next_obs[:, 0, 0, 0].int() - batch.obs[:, 0, 0, 0].int()
-    return (change == (10 * batch.action[:, 0]).round()).float().mean().item()
-
-
-def test_an_action_beside_the_image_it_led_to_is_detected(tmp_path):
-    """The alignment trap: (image[t], action[t]) instead of (image[t], action[t + 1])."""
-    rng = np.random.default_rng(0)
-    for name in ("set", "misaligned"):
-        with DatasetWriter(tmp_path / name, 4, 1) as writer:
-            for _ in range(3):
-                brighter = rng.integers(-10, 11, 40)  # action t changes every pixel by ten times itself
-                level = 100 + np.concatenate([[0], np.cumsum(brighter)]).clip(-100, 150)
-                actions = (np.diff(level) / 10).astype(np.float32)
-                frames = np.broadcast_to(level[:, None, None, None], (41, 4, 4, 3)).astype(np.uint8)
-                writer.add(frames, actions[:, None], np.zeros(40))
-    edit(tmp_path / "misaligned", "action", lambda action: action.__setitem__(slice(1, None), action[:-1].copy()))
-    assert pairs_that_fit(tmp_path / "set") == 1.0
-    assert pairs_that_fit(tmp_path / "misaligned") < 0.2  # by chance 1 in 21
 
 
 def test_the_sampler_continues_with_the_same_batches(tmp_path):
@@ -227,11 +185,19 @@ def two_episodes(action_dim: int = 2) -> list[tuple]:
     return [synthetic_episode(row, length, 8, action_dim, rng) for row, length in ((0, 6), (7, 4))]
 
 
+@pytest.fixture
+def wanted(tmp_path) -> dict[str, str]:
+    """Digests of the set of both episodes."""
+    with DatasetWriter(tmp_path / "wanted", 8, 2) as writer:
+        for episode in two_episodes():
+            writer.add(*episode)
+    return digests(tmp_path / "wanted")
+
+
 def test_round_trip(tmp_path):
     path, episodes = tmp_path / "robot", two_episodes()
     with DatasetWriter(path, size=8, action_dim=2, mujoco="1.2.3") as writer:
         writer.add(*episodes[0])
-        assert writer.episodes == 1
         writer.add(*episodes[1], terminal=True)
     rows = load(path)
     for name, dtype in zip(ARRAYS, (np.uint8, np.float32, np.float32, np.float32, np.int64)):
@@ -244,27 +210,28 @@ def test_round_trip(tmp_path):
     assert rows["discount"].tolist() == [1.0] * 11 + [0.0]
     meta = json.loads((path / "meta.json").read_text())
     counts = {"rows": 12, "episodes": 2, "transitions": 10, "task": "own", "source": "own", "name": "robot", "size": 8}
-    assert counts.items() <= meta.items() and meta["mujoco"] == "1.2.3"
-    assert meta["sha256"] == digests(path)
-    np.testing.assert_allclose(meta["episode_returns"], [e[2].sum() for e in episodes], atol=2e-3)
+    assert counts.items() <= meta.items() and meta["mujoco"] == "1.2.3" and meta["sha256"] == digests(path)
+    returns = [rewards.sum() for _, _, rewards in episodes]
+    np.testing.assert_allclose(meta["episode_returns"], returns, atol=2e-3)
+    np.testing.assert_allclose(meta["returns"]["mean"], np.mean(returns), atol=0.01)
     assert {file.name for file in path.iterdir()} == {*(f"{name}.npy" for name in ARRAYS), "meta.json", ".lock"}
     dataset = Dataset(path)
     assert (dataset.num_transitions, dataset.num_episodes, dataset.action_dim, dataset.size) == (10, 2, 2, 8)
-    assert dataset.mean_return == pytest.approx(np.mean([e[2].sum() for e in episodes]), abs=1e-5)
+    assert dataset.mean_return == pytest.approx(np.mean(returns), abs=1e-5)
     assert dataset.facts()["hash"] == dataset.hash and len(dataset.hash) == 16
 
 
-def with_value(array: np.ndarray, value: float) -> np.ndarray:
-    array = array.copy()
+def with_value(array: np.ndarray, value) -> np.ndarray:
+    array = array.astype(object) if value is None else array.copy()
     array.flat[3] = value
     return array
 
 
-BAD = {  # name -> (change of frames, actions, rewards; what the error says)
+BAD = {  # name -> (change of frames, actions, rewards[, terminal]; what the error says)
     "frames missing": (lambda f, a, r: (f[:-1], a, r), r"frames \(6, 8, 8, 3\), expected \(7, 8, 8, 3\)"),
+    "frames of two sizes": (lambda f, a, r: ([*f[:-1], f[0, :4]], a, r), "frames, .* are no array of numbers"),
     "channels first": (lambda f, a, r: (f.transpose(0, 3, 1, 2), a, r), r"frames .*expected \(7, 8, 8, 3\)"),
     "float frames": (lambda f, a, r: (f / np.float32(255), a, r), "frames are float32, expected uint8"),
-    "signed frames": (lambda f, a, r: (f.astype(int), a, r), "frames are int64, expected uint8"),
     "action size": (lambda f, a, r: (f, np.hstack([a, a]), r), r"actions \(6, 4\), expected \(6, 2\)"),
     "flat actions": (lambda f, a, r: (f, a[:, 0], r), r"actions \(6,\), expected \(6, 2\)"),
     "action range": (lambda f, a, r: (f, with_value(a, 1.01), r), r"actions must lie in \[-1, 1\]"),
@@ -272,129 +239,99 @@ BAD = {  # name -> (change of frames, actions, rewards; what the error says)
     "rewards missing": (lambda f, a, r: (f, a, r[1:]), r"rewards \(5,\), expected \(6,\)"),
     "rewards column": (lambda f, a, r: (f, a, r[:, None]), r"rewards \(6, 1\), expected \(6,\)"),
     "reward NaN": (lambda f, a, r: (f, a, with_value(r, np.nan)), "rewards be finite"),
-    "reward infinite": (lambda f, a, r: (f, a, with_value(r, np.inf)), "rewards be finite"),
-    "no step": (lambda f, a, r: (f[:1], a[:0], r[:0]), "episode 1: "),
+    "reward None": (lambda f, a, r: (f, a, with_value(r, None)), "rewards be finite"),
+    "reward beyond float32": (lambda f, a, r: (f, a, with_value(r, 1e39)), "rewards be finite as float32"),
+    "reward in words": (lambda f, a, r: (f, a, ["none"] * 6), "rewards are no array of numbers"),
+    "terminal per step": (lambda f, a, r: (f, a, r, np.arange(6) == 5), r"terminal \(6,\), expected \(\)"),
+    "no step": (lambda f, a, r: (f[:1], a[:0], r[:0]), r"frames \(1, 8, 8, 3\), expected \(2, 8, 8, 3\)"),
 }
 
 
-@pytest.mark.parametrize("kind", BAD)
-def test_a_bad_episode_is_refused_and_nothing_of_it_written(tmp_path, kind):
-    change, message = BAD[kind]
-    first, second = two_episodes()
-    with DatasetWriter(tmp_path / "set", 8, 2) as writer:
+def test_a_bad_episode_is_refused_and_nothing_of_it_written(tmp_path, wanted):
+    path, (first, second) = tmp_path / "set", two_episodes()
+    with DatasetWriter(path, 8, 2) as writer:
         writer.add(*first)
-        sizes = {file: file.stat().st_size for file in (tmp_path / "set").iterdir()}
-        with pytest.raises(UserError, match=message) as error:
-            writer.add(*change(*first))
-        assert "\n" not in str(error.value) and str(error.value).startswith("episode 1: ")
-        assert {file: file.stat().st_size for file in (tmp_path / "set").iterdir()} == sizes
-        assert writer.episodes == 1
+        before = {file: file.read_bytes() for file in path.iterdir()}
+        for name, (change, message) in BAD.items():
+            with pytest.raises(UserError, match=f"^episode 1: .*{message}") as error:
+                writer.add(*change(*first))
+            assert "\n" not in str(error.value), name
+            assert {file: file.read_bytes() for file in path.iterdir()} == before and writer.episodes == 1, name
         writer.add(*second)
-    with DatasetWriter(tmp_path / "wanted", 8, 2) as writer:
-        writer.add(*first)
-        writer.add(*second)
-    assert digests(tmp_path / "set") == digests(tmp_path / "wanted")
+    assert digests(path) == wanted
 
 
-def killed(writer: DatasetWriter) -> None:
-    """What a kill leaves of a writer: nothing is flushed or finished, the lock is gone."""
-    for file in [*writer.files.values(), writer.progress, writer.lock]:
-        file.close()
+@pytest.mark.parametrize("size, action_dim", [(0, 2), (8, 0), (-8, 2), (8.5, 2), ("8", 2)])
+def test_sizes_that_no_set_can_have(tmp_path, size, action_dim):
+    with pytest.raises(UserError, match="must be whole numbers, 1 or more"):
+        DatasetWriter(tmp_path / "set", size, action_dim)
+    assert not (tmp_path / "set").exists()
 
 
-@pytest.mark.parametrize("garbage", [0, 1, 500], ids=lambda n: f"{n} bytes of the next episode")
 @pytest.mark.parametrize("written", [0, 1, 2])
-def test_a_killed_writer_continues_with_its_next_episode(tmp_path, written, garbage):
-    episodes = two_episodes()
-    with DatasetWriter(tmp_path / "wanted", 8, 2) as writer:
-        for episode in episodes:
-            writer.add(*episode)
-    path = tmp_path / "set"
+def test_a_killed_writer_continues_with_its_next_episode(tmp_path, wanted, written):
+    path, episodes = tmp_path / "set", two_episodes()
     writer = DatasetWriter(path, 8, 2).__enter__()
     for episode in episodes[:written]:
         writer.add(*episode)
-    killed(writer)
-    for name in ("image", "action"):  # the next episode had begun
-        with open(path / f"{name}.npy", "ab") as file:
-            file.write(b"\xff" * garbage)
-    with pytest.raises(UserError, match="unfinished set"):
-        Dataset(path)
+    writer.opened.close()  # what a kill leaves: nothing is finished, the lock is free
+    for garbage in (b"", b"\xff", b"\xff" * 2000):  # the next episode had begun
+        for name in ("image", "action"):
+            with open(path / f"{name}.npy", "ab") as file:
+                file.write(garbage)
+        with pytest.raises(UserError, match="set is no whole set .*meta.json"):
+            Dataset(path)
+        with contextlib.suppress(InterruptedError), DatasetWriter(path, 8, 2) as writer:
+            assert writer.episodes == written and not writer.complete
+            raise InterruptedError
     with DatasetWriter(path, 8, 2) as writer:
-        assert writer.episodes == written and not writer.complete
-        for episode in episodes[written:]:
+        for episode in episodes[writer.episodes :]:
             writer.add(*episode)
-    assert digests(path) == digests(tmp_path / "wanted")
+    assert digests(path) == wanted
+    os.truncate(path / "image.npy", 300)
+    (path / "meta.json").unlink()
+    (path / "progress.json").write_text(json.dumps({"meta": writer.meta, "boundaries": [0, 7]}))
+    with pytest.raises(UserError, match="image.npy is shorter than progress.json says"), DatasetWriter(path, 8, 2):
+        pass
 
 
-@pytest.mark.parametrize("function", ["_write_header", "write_meta", "write_atomically"])
-def test_a_writer_killed_while_it_finishes_finishes_later(tmp_path, monkeypatch, function):
-    episodes = two_episodes()
-    with DatasetWriter(tmp_path / "wanted", 8, 2) as writer:
-        for episode in episodes:
-            writer.add(*episode)
-    path = tmp_path / "set"
-
+@pytest.mark.parametrize("function", ["write_header", "write_meta", "sha256"])
+def test_a_writer_killed_while_it_finishes_finishes_later(tmp_path, wanted, monkeypatch, function):
     def stop(*_):
         raise KeyboardInterrupt
 
+    path = tmp_path / "set"
     with pytest.raises(KeyboardInterrupt), DatasetWriter(path, 8, 2) as writer:
-        for episode in episodes:
+        for episode in two_episodes():
             writer.add(*episode)
-        monkeypatch.setattr(common, function, stop)
+        monkeypatch.setattr(store, function, stop)
     monkeypatch.undo()
     assert not (path / "meta.json").exists()
     with DatasetWriter(path, 8, 2) as writer:
         assert writer.episodes == 2
-    assert digests(path) == digests(tmp_path / "wanted") and Dataset(path).num_episodes == 2
+    assert digests(path) == wanted
 
 
-def test_a_writer_killed_before_its_first_episode_begins_again(tmp_path):
-    """progress.bin exists but is empty: a kill, or a disk that was full from the start."""
-    path, episodes = tmp_path / "set", two_episodes()
-    killed(DatasetWriter(path, 8, 2).__enter__())
-    os.truncate(path / "progress.bin", 0)
-    with DatasetWriter(path, 8, 2) as writer:
-        assert writer.episodes == 0
-        writer.add(*episodes[0])
-        progress = np.fromfile(path / "progress.bin", np.int64)
-    assert progress.tolist() == [0, 7] and Dataset(path).num_transitions == 6
-
-
-def test_another_recipe_starts_anew(tmp_path):
-    path, episodes = tmp_path / "set", two_episodes()
-    for recipe in ({"seed": 0}, {"seed": 1}):
-        with contextlib.suppress(InterruptedError), DatasetWriter(path, 8, 2, recipe=recipe) as writer:
-            assert writer.episodes == 0
-            writer.add(*episodes[0])
+def test_another_recipe_starts_anew(tmp_path, wanted):
+    path, second = tmp_path / "set", two_episodes()[1]
+    recipes = [{"recipe": {"seed": seed}} for seed in (0, 1, 0)]
+    for flags in (recipes[0], {"action_dim": 3}, *recipes):
+        with contextlib.suppress(InterruptedError), DatasetWriter(path, 8, **{"action_dim": 2} | flags) as writer:
+            assert writer.episodes == 0  # also the first recipe's: another may have written over it
+            if flags == recipes[1]:
+                raise InterruptedError  # half an episode leaves no count behind
+            writer.add(*two_episodes(action_dim=writer.meta["action_dim"])[0])
             raise InterruptedError
-    with DatasetWriter(path, 8, 2, recipe={"seed": 1}) as writer:
+    with DatasetWriter(path, 8, 2, recipe={"seed": 0}) as writer:
         assert writer.episodes == 1
-    with DatasetWriter(tmp_path / "wanted", 8, 2) as writer:
-        writer.add(*episodes[0])
-    assert digests(path) == digests(tmp_path / "wanted")
+        writer.add(*second)
+    assert digests(path) == wanted
 
 
-def test_another_action_size_starts_anew(tmp_path):
-    path = tmp_path / "set"
-    with contextlib.suppress(InterruptedError), DatasetWriter(path, 8, 3) as writer:
-        writer.add(*two_episodes(action_dim=3)[0])
-        raise InterruptedError
-    with DatasetWriter(path, 8, 2) as writer:
-        assert writer.episodes == 0
-        writer.add(*two_episodes(action_dim=2)[0])
-    assert np.load(path / "action.npy").shape == (7, 2)
-
-
-def test_a_set_without_episodes_is_refused(tmp_path):
-    with pytest.raises(UserError, match="set: no episode was added"), DatasetWriter(tmp_path / "set", 8, 2):
+def test_an_empty_and_a_finished_set(tmp_path):
+    with pytest.raises(UserError, match="set: no episode was added"), DatasetWriter(tmp_path / "set", 12, 2):
         pass
-    with pytest.raises(UserError, match=r"unfinished set \(no meta.json\); run data/collect.py again"):
-        Dataset(tmp_path / "set")
-
-
-def test_a_finished_set_is_left_alone(tmp_path):
-    path = write_set(tmp_path / "set")
-    before = digests(path)
+    before = digests(path := write_set(tmp_path / "set"))
     with DatasetWriter(path, 12, 2) as writer:
         assert writer.complete
         with pytest.raises(UserError, match="set is finished"):
@@ -402,26 +339,18 @@ def test_a_finished_set_is_left_alone(tmp_path):
     assert digests(path) == before
 
 
-def test_a_second_writer_waits_for_the_first(tmp_path):
+def test_a_second_writer_waits_for_the_first(tmp_path, wanted):
     path, episodes = tmp_path / "set", two_episodes()
-    script = f"""
-from common import DatasetWriter
-with DatasetWriter({str(path)!r}, 8, 2) as writer:
-    print(writer.complete)
-"""
+    script = f"from store import *\nwith DatasetWriter({str(path)!r}, 8, 2) as writer: print(writer.complete)"
     with DatasetWriter(path, 8, 2) as writer:
         writer.add(*episodes[0])
-        second = subprocess.Popen(
-            [sys.executable, "-c", script], cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE
-        )
-        line = second.stdout.readline().strip()
-        assert line == f"another process is writing {path}; waiting for it (process {os.getpid()})"
-        time.sleep(0.2)
-        assert second.poll() is None  # it waits
+        second = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT / "data", env=ENVIRONMENT, text=True,
+                                  stdout=subprocess.PIPE)  # fmt: skip
+        assert second.stdout.readline() == f"another process is writing {path}; waiting for it\n"
         writer.add(*episodes[1])
+        assert second.poll() is None
     rest, _ = second.communicate(timeout=60)
-    assert rest.strip() == "True" and second.returncode == 0
-    assert Dataset(path).num_episodes == 2
+    assert rest == "True\n" and second.returncode == 0 and digests(path) == wanted
 
 
 @contextlib.contextmanager
@@ -437,8 +366,8 @@ def largest_file(size: int):
         signal.signal(signal.SIGXFSZ, handler)
 
 
-@pytest.mark.parametrize("space", [128 + 7 * 192, 128 + 7 * 192 + 500, 128 + 11 * 192])
-def test_a_full_disk_is_one_line_and_loses_no_episode(tmp_path, space):
+@pytest.mark.parametrize("space, kept", [(0, 0), (300, 0), (128 + 7 * 192, 1), (128 + 7 * 192 + 500, 1)])
+def test_a_full_disk_is_one_line_and_loses_no_episode(tmp_path, wanted, space, kept):
     path, episodes = tmp_path / "set", two_episodes()  # 7 and 5 rows of 192 bytes
     with pytest.raises(UserError) as error, largest_file(space), DatasetWriter(path, 8, 2) as writer:
         for episode in episodes:
@@ -446,103 +375,105 @@ def test_a_full_disk_is_one_line_and_loses_no_episode(tmp_path, space):
     message = str(error.value)
     assert "\n" not in message and message.startswith(str(path)) and "what was complete before is kept" in message
     with DatasetWriter(path, 8, 2) as writer:
-        assert writer.episodes == 1
-        writer.add(*episodes[1])
-    with DatasetWriter(tmp_path / "wanted", 8, 2) as writer:
-        for episode in episodes:
+        assert writer.episodes == kept
+        with largest_file(space), pytest.raises(UserError):
+            writer.add(*episodes[kept])
+        for episode in episodes[kept:]:  # there is room again
             writer.add(*episode)
-    assert digests(path) == digests(tmp_path / "wanted")
-
-
-def test_a_disk_full_from_the_start_is_one_line(tmp_path):
-    path, episodes = tmp_path / "set", two_episodes()
-    for space in (0, 4, 300):
-        with pytest.raises(UserError) as error, largest_file(space), DatasetWriter(path, 8, 2) as writer:
-            writer.add(*episodes[0])
-        assert "\n" not in str(error.value) and str(path) in str(error.value)
-    with DatasetWriter(path, 8, 2) as writer:
-        assert writer.episodes == 0
-        for episode in episodes:
-            writer.add(*episode)
-    assert Dataset(path).num_transitions == 10
+    assert digests(path) == wanted
 
 
 # ---- opening ----
 
 
-def test_a_set_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match="nothing does not exist; run data/collect.py"):
-        Dataset(tmp_path / "nothing")
-    folder = write_set(tmp_path / "set")
-    (folder / "meta.json").write_text('{"rows": 1')
-    with pytest.raises(UserError, match="set/meta.json cannot be read"):
-        Dataset(folder)
+def saved(name: str, change):
+    """A change of <name>.npy."""
+    return lambda path: np.save(path / f"{name}.npy", change(np.load(path / f"{name}.npy")))
 
 
-@pytest.mark.parametrize("name", ARRAYS)
-@pytest.mark.parametrize("damage", ["truncated", "header alone", "empty", "missing"])
-def test_a_damaged_file_is_named(tmp_path, name, damage):
-    file = write_set(tmp_path / "set") / f"{name}.npy"
-    if damage == "missing":
-        file.unlink()
-    else:
-        os.truncate(file, {"truncated": file.stat().st_size - 1, "header alone": 60, "empty": 0}[damage])
-    with pytest.raises(UserError, match=f"set/{name}.npy: missing, truncated") as error:
-        Dataset(tmp_path / "set")
+def meta(**changes):
+    def write(path):
+        facts = json.loads((path / "meta.json").read_text()) | changes
+        (path / "meta.json").write_text(json.dumps({name: fact for name, fact in facts.items() if fact is not ...}))
+
+    return write
+
+
+DAMAGED = {  # name -> (change of a set of 14 rows, 12 px, 2 actions; what the error says)
+    "no folder": (shutil.rmtree, "meta.json"),
+    "no meta.json": (lambda path: (path / "meta.json").unlink(), "meta.json"),
+    "broken meta.json": (lambda path: (path / "meta.json").write_text('{"rows": 1'), "delimiter"),
+    "meta.json is a list": (lambda path: (path / "meta.json").write_text("[]"), "list"),
+    "no task": (meta(task=...), "meta.json has no 'task'"),
+    "no hashes": (meta(sha256=...), "meta.json has no 'sha256'"),
+    "another size": (meta(size=9), r"image.npy: \(14, 3, 12, 12\) uint8, expected \(14, 3, 9, 9\)"),
+    "size as text": (meta(size="12"), "image.npy"),
+    "parts: a number": (meta(parts=5), None),  # which is no list: the folder itself is a set
+    "parts: none": (meta(parts=[]), None),
+    "parts: themselves": (meta(parts=["."]), None),
+    "parts: not there": (meta(parts=["no"]), "set/no/meta.json"),
+    "channels last": (saved("image", lambda a: a.transpose(0, 2, 3, 1)), r"image.npy: \(14, 12, 12, 3\)"),
+    "one channel": (saved("image", lambda a: a[:, :1]), r"image.npy: \(14, 1, 12, 12\)"),
+    "an action less": (saved("action", lambda a: a[:-1]), r"action.npy: \(13, 2\) float32, expected \(14, 2\)"),
+    "flat actions": (saved("action", lambda a: a[:, 0]), "action.npy"),
+    "rewards in float64": (saved("reward", lambda a: a.astype(float)), "reward.npy: .* float64, expected .* float32"),
+    "rewards as a column": (saved("reward", lambda a: a[:, None]), "reward.npy"),
+    "no episode": (saved("episode", lambda a: a[:0]), "index 0 is out of bounds"),
+    "late start": (saved("episode", lambda a: a + 1), "first rows must start at 0"),
+    "empty episode": (saved("episode", lambda a: a[[0, 0]]), "first rows must .*rise by 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_set_is_one_line(tmp_path, kind):
+    change, message = DAMAGED[kind]
+    change(path := write_set(tmp_path / "set"))
+    if message is None:
+        assert Dataset(path).num_transitions == 12
+        return
+    with pytest.raises(UserError, match=f"is no whole set .*{message}") as error:
+        Dataset(path)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "name, change, message",
-    [
-        ("action", lambda a: a[:-1], "action.npy: 13 rows of float32, meta.json says 14"),
-        ("reward", lambda a: a.astype(np.float64), "reward.npy: 14 rows of float64, meta.json says 14 of float32"),
-        ("episode", lambda a: a[:1], "episode.npy: 1 rows of int64, meta.json says 2"),
-        ("episode", lambda a: a + 1, "episode.npy: first rows must start at 0"),
-        ("episode", lambda a: a[[0, 0]], "episode.npy: first rows must .*rise by 2"),
-    ],
-)
-def test_wrong_counts_are_named(tmp_path, name, change, message):
+def test_a_damaged_file_is_no_whole_set(tmp_path):
     path = write_set(tmp_path / "set")
-    np.save(path / f"{name}.npy", change(np.load(path / f"{name}.npy")))
-    with pytest.raises(UserError, match=message):
-        Dataset(path)
+    for name in ARRAYS:
+        file, content = path / f"{name}.npy", (path / f"{name}.npy").read_bytes()
+        for damaged in (content[:-1], content[:60], b"", None):
+            file.unlink() if damaged is None else file.write_bytes(damaged)
+            with pytest.raises(UserError, match="set is no whole set") as error:
+                Dataset(path)
+            assert "\n" not in str(error.value)
+        file.write_bytes(content)
+    assert Dataset(path).num_episodes == 2
 
 
-@pytest.mark.parametrize(
-    "name, value, message",
-    [
-        ("action", np.nan, "action.npy: row 9 is"),
-        ("action", 1.5, "action.npy: row 9 is"),
-        ("reward", np.inf, "reward.npy: row 9 is inf"),
-        ("discount", np.nan, "discount.npy: row 9 is nan"),
-        ("discount", -1.0, "discount.npy: row 9 is -1"),
-    ],
-)
-def test_bad_values_are_named_by_file_and_row(tmp_path, name, value, message):
+@pytest.mark.parametrize("name, value", [
+    ("action", np.nan), ("action", 1.5), ("reward", np.inf), ("discount", np.nan), ("discount", -1.0)
+])  # fmt: skip
+def test_a_bad_value_is_named_by_its_row(tmp_path, name, value):
     path = write_set(tmp_path / "set")
     edit(path, name, lambda array: array[9:10].fill(value))
-    with pytest.raises(UserError, match=f"set/{message}.*not finite or out of range") as error:
+    with pytest.raises(UserError, match=f"set: row 9 is not finite or out of range: .*{name} ") as error:
         TransitionBuffer(Dataset(path), 4)
     assert "\n" not in str(error.value)
 
 
-MEASURE_OPENING = """
-import resource, sys, time
-from pathlib import Path
-from common import Dataset, TransitionBuffer
+def test_counts_come_from_the_arrays(tmp_path):
+    meta(transitions=99, rows=5, episodes=7)(path := write_set(tmp_path / "set"))
+    assert (Dataset(path).num_transitions, Dataset(path).num_episodes) == (12, 2)
 
-def resident():  # bytes of memory that are this process's own, or mapped and touched
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
-Dataset(sys.argv[1])  # once before, so that imports do not count
-before, start = resident(), time.process_time()  # CPU time: other processes do not count
-dataset = Dataset(sys.argv[1])
-seconds = time.process_time() - start
-batch = TransitionBuffer(dataset, 4).sample()
-assert batch.obs.shape[:2] == (4, 9) and batch.obs.sum() == 0
-print(seconds, (resident() - before) / 1e6, dataset.num_transitions)
-"""
+def test_parts_must_belong_together(tmp_path):
+    parts = [write_set(tmp_path / "a"), write_set(tmp_path / "b", size=8)]
+    with pytest.raises(UserError, match="parts differ in task, size"):
+        Dataset(two_parts(tmp_path / "both", parts))
+
+
+def resident() -> float:
+    """MB of memory that are this process's own, or mapped and touched."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
@@ -555,41 +486,27 @@ def test_a_large_set_opens_at_once_and_stays_on_the_disk(tmp_path):
     rows = each * episodes
     shapes = {"image": (rows, 3, size, size), "action": (rows, 2), "reward": (rows,), "discount": (rows,)}
     for name, shape in shapes.items():
-        dtype = np.dtype(common.ARRAYS[name])
-        with open(path / f"{name}.npy", "wb") as file:
-            common._write_header(file, dtype, shape)
-            file.truncate(common.HEADER + int(np.prod(shape)) * dtype.itemsize)
+        np.lib.format.open_memmap(path / f"{name}.npy", "w+", store.ARRAYS[name], shape)
     np.save(path / "episode.npy", np.arange(episodes) * each)
-    meta = json.loads((path / "meta.json").read_text())
-    meta |= {"rows": rows, "episodes": episodes, "transitions": rows - episodes, "size": size}
-    (path / "meta.json").write_text(json.dumps(meta))
-    result = run_python("-c", MEASURE_OPENING, path)  # a fresh process: allocators keep what other tests freed
-    assert result.returncode == 0, result.stderr
-    seconds, megabytes, transitions = map(float, result.stdout.split())
-    assert transitions == rows - episodes and seconds < 0.1 and megabytes < 100
+    meta(size=size)(path)
+    before, start = resident(), time.process_time()  # CPU time: other processes do not count
+    dataset = Dataset(path)
+    assert time.process_time() - start < 0.1 and dataset.num_transitions == rows - episodes
+    assert TransitionBuffer(dataset, 4).sample().obs.sum() == 0 and resident() - before < 100
 
 
-def arguments(data_dir, dataset: str, **changes) -> argparse.Namespace:
-    facts = {"task": "walker-walk", "source": "made", "transitions": None, "data_seed": 0}
-    return argparse.Namespace(data_dir=str(data_dir), dataset=dataset, **(facts | changes))
-
-
-def test_open_dataset_by_name_or_path(tmp_path, capsys):
+def test_open_dataset_by_name_or_path(tmp_path):
     path = write_set(tmp_path / "made" / "walker-walk" / "random-84px-500")
-    assert open_dataset(arguments(tmp_path, "random", transitions=500), 84).path == path
-    args = arguments(tmp_path, str(path))
-    assert open_dataset(args, 84).size == 12 and args.task == "own"  # what the folder says
-    assert "was recorded on own" in capsys.readouterr().out
-    with pytest.raises(UserError, match=f"--dataset medum: neither one of random, .*there are: {path}"):
-        open_dataset(arguments(tmp_path, "medum"), 84)
-    with pytest.raises(UserError, match="medium-84px does not exist; import the official files"):
-        open_dataset(arguments(tmp_path, "medium", source="vd4rl"), 84)
+    flags = {"data_dir": str(tmp_path), "task": "walker-walk", "source": "made", "transitions": None, "data_seed": 0}
 
+    def opened(dataset, **changes):
+        return open_dataset(argparse.Namespace(dataset=dataset, **flags | changes), 84)
 
-def test_parts_must_belong_together(tmp_path):
-    parts = [write_set(tmp_path / "a"), write_set(tmp_path / "b", size=8)]
-    with pytest.raises(UserError, match="another task, size"):
-        Dataset(two_parts(tmp_path / "both", parts))
+    assert opened("random", transitions=500).path == path == store.set_folder(tmp_path, "made", "walker-walk",
+                                                                             "random", 84, 500)  # fmt: skip
+    assert opened(str(path)).size == 12  # what the folder says
+    with pytest.raises(UserError, match=f"medium-84px does not exist .there are: {path}.*data/vd4rl.py import"):
+        opened("medium", source="vd4rl")
 
 
 def test_the_collected_set(tiny_set):
@@ -604,24 +521,4 @@ def test_the_collected_set(tiny_set):
     assert (rows["action"][[0, 501]] == 0).all() and (rows["reward"][[0, 501]] == 0).all()
     assert (rows["discount"] == 1).all() and rows["reward"].min() >= 0 and rows["reward"].max() <= 2
     np.testing.assert_allclose(np.delete(rows["action"], [0, 501], 0).std(0), 3**-0.5, atol=0.03)  # uniform
-    batch = TransitionBuffer(dataset, 8, nstep=3).sample()
-    assert batch.obs.shape == (8, 9, 84, 84)
-
-
-def test_the_documented_loop_continues_where_a_writer_was_interrupted(tmp_path):
-    rng = np.random.default_rng(0)
-    episodes = [synthetic_episode(0, 6, 12, 2, rng) for _ in range(3)]
-
-    def loop(path, until):
-        with DatasetWriter(path, size=12, action_dim=2) as writer:
-            for episode in episodes[writer.episodes :]:
-                if writer.episodes == until:
-                    raise KeyboardInterrupt
-                writer.add(*episode)
-
-    with pytest.raises(KeyboardInterrupt):
-        loop(tmp_path / "interrupted", until=2)
-    loop(tmp_path / "interrupted", until=None)
-    loop(tmp_path / "whole", until=None)
-    assert Dataset(tmp_path / "interrupted").meta["sha256"] == Dataset(tmp_path / "whole").meta["sha256"]
-    assert Dataset(tmp_path / "interrupted").num_episodes == 3
+    assert TransitionBuffer(dataset, 8, nstep=3).sample().obs.shape == (8, 9, 84, 84)

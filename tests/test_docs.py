@@ -1,111 +1,138 @@
-"""The commands of docs/your_own_idea.md, typed one after another; links of docs/ to lines of code."""
+"""What the pages promise: their commands parse, the flags they name exist, their links lead somewhere, and the commands
+of docs/your_own_idea.md run."""
 
-import csv
+import dataclasses
+import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tyro
 from conftest import ENVIRONMENT, ROOT
 
-import report
-from common import UserError
+sys.path.append(str(ROOT / "benchmarks"))
+PAGES = ["README.md", "CONTRIBUTING.md", "data/README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*"))]
+SCRIPTS = {path.name: path for folder in ("algos", "data", "benchmarks", ".") for path in (ROOT / folder).glob("*.py")}
+SCRIPTS |= {"benchmark.sh": ROOT / "benchmarks" / "run_all.py", "my_idea.py": ROOT / "algos" / "drq_bc.py"}
+PLACEHOLDERS = {"N": "1", "TASK": "walker-walk", "SET": "expert"}
+FOREIGN = {
+    "--check",
+    "--index-url",
+    "--help",
+    "--partition",
+    "--gres",
+    "--time",
+    "--cpus-per-task",
+}  # ruff's, pip's ...
+EACH = pytest.mark.parametrize("page", PAGES)
 
 
-def test_line_links_follow_the_code(tmp_path):
-    (tmp_path / "algos").mkdir()
-    (tmp_path / "docs").mkdir()
-    source = tmp_path / "algos" / "x.py"
-    source.write_text("A = 1\n\n\nclass Agent:\n    b: int = 2\n\n    def act(self):\n        return 1\n")
-    page = tmp_path / "docs" / "x.md"
-    page.write_text("".join(f"[`{name}`](../algos/x.py#L99-L100) " for name in ("A", "Agent", "Agent.b", "Agent.act")))
-    text = report.fill_docs(tmp_path, [page])[page]
-    assert re.findall(r"#[L0-9-]+", text) == ["#L1", "#L4-L8", "#L5", "#L7-L8"]
-    source.write_text("\n\n" + source.read_text())
-    text = report.fill_docs(tmp_path, [page])[page]
-    assert re.findall(r"#[L0-9-]+", text) == ["#L3", "#L6-L10", "#L7", "#L9-L10"]
-    page.write_text("[`Agent.gone`](../algos/x.py)")
-    with pytest.raises(UserError, match=r"x\.py defines no Agent\.gone"):
-        report.fill_docs(tmp_path, [page])
+def commands(text: str) -> list[list[str]]:
+    """Words of every line or inline code that calls a script of ours with a flag, comments and `python` left out."""
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.M | re.S)
+    candidates = [part for block in blocks for line in block.splitlines() for part in line.split("&&")]
+    inline = re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    candidates += [candidate.replace("\n", " ") for candidate in inline]
+    found = [
+        shlex.split(candidate, comments=True) for candidate in candidates if re.search(r"\.(py|sh) .*-", candidate)
+    ]
+    found = [words[1:] if words[0] == "python" else words for words in found]
+    return [words for words in found if Path(words[0]).name in SCRIPTS]
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
-def test_walk_throughs_link_and_paste_no_code(page):
-    text = page.read_text()
-    assert re.search(r"\[`[\w.]+`\]\(\.\./algos/\w+\.py#L\d+", text)
-    assert not re.search(r"^\s*(def |class |import |self\.|return )", text, re.M)
+def module_of(script: Path):
+    return importlib.import_module(script.stem)
+
+
+def problem_of(words: list[str], capsys) -> str:
+    """What the script's parser says to a command; empty if it takes it."""
+    script, words = SCRIPTS[Path(words[0]).name], [PLACEHOLDERS.get(word, word) for word in words[1:]]
+    words = words[: words.index("--")] if "--" in words else words  # what follows is for another script
+    try:
+        if script.stem == "vd4rl":
+            module_of(script).main([words[0], "--help"])
+        else:
+            config = (tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalRequiredArgs)
+            tyro.cli(module_of(script).Args, args=words, config=config)
+    except SystemExit as error:  # status 0: --help
+        return capsys.readouterr().err if error.code else ""
+    return ""
+
+
+def flags_of(text: str) -> set[str]:
+    """Flags that code names: in a block or inline."""
+    code = re.findall(r"^```\n.*?^```|`[^`\n]+`", text, re.M | re.S)
+    return {flag.replace("_", "-") for part in code for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", part)}
+
+
+def known_flags() -> set[str]:
+    found = set(FOREIGN)
+    for module in (module_of(script) for script in SCRIPTS.values() if script.name != "slurm.py"):
+        if hasattr(module, "Args"):
+            found |= {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(module.Args)}
+    return found
+
+
+def dead_links(page: Path, text: str) -> list[str]:
+    links = re.findall(r'(?:\]\(|src=")([^)#"]+)', text)
+    return [link for link in links if "://" not in link and not page.parent.joinpath(link).exists()]
+
+
+@EACH
+def test_every_command_parses(page, capsys):
+    for words in commands((ROOT / page).read_text()):
+        assert Path(words[0]).name == words[0] or "my_idea" in words[0] or (ROOT / words[0]).is_file(), words
+        assert problem_of(words, capsys) == "", words
+
+
+@EACH
+def test_flags_that_a_page_names_exist(page):
+    assert flags_of((ROOT / page).read_text()) - known_flags() == set()
+
+
+@EACH
+def test_links_lead_somewhere(page):
+    assert dead_links(ROOT / page, (ROOT / page).read_text()) == []
+
+
+def test_what_is_wrong_is_found(capsys):
+    text = "```\npython algos/bc.py --lr much  # high\n./benchmark.sh --sedes 3\n```\nand `cql.py --quik`, [x](gone.md)"
+    found = commands(text)
+    assert [words[0] for words in found] == ["algos/bc.py", "./benchmark.sh", "cql.py"]
+    assert all(problem_of(words, capsys) for words in found)
+    assert flags_of(text) - known_flags() == {"--sedes", "--quik"}
+    assert dead_links(ROOT / "README.md", text) == ["gone.md"]
 
 
 @pytest.mark.slow
 def test_the_commands_from_a_copied_file_to_the_comparison(tmp_path):
     """As they stand on the page, in a copy of the repository whose --quick runs are tiny."""
-    for name in ("algos", "benchmarks", "data", "tests", "results", "docs"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("common.py", "report.py", "benchmark.sh", "pytest.ini", "README.md"):
-        shutil.copy(ROOT / name, tmp_path)
-    tiny = '{"transitions": 1000, "batch_size": 8, "steps": 4, "eval_every": 4, "eval_episodes": 1}'
-    for file in (tmp_path / "algos").glob("*.py"):
-        file.write_text(re.sub(r"^QUICK = \{[^}]*\}", f"QUICK = {tiny}", file.read_text(), flags=re.M))
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(lambda name: (ROOT / name).exists(), listed.splitlines()):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    tiny = '{("*", "*"): {"transitions": 1000, "batch_size": 8, "steps": 4, "eval_every": 4, "eval_episodes": 1}}'
+    file = tmp_path / "algos" / "drq_bc.py"
+    text, count = re.subn(r"^QUICK = .*$", f"QUICK = {tiny}", file.read_text(), flags=re.M)
+    file.write_text(text)
+    assert count == 1
     blocks = re.findall(r"^```\n(.*?)^```", (ROOT / "docs" / "your_own_idea.md").read_text(), re.M | re.S)
-    commands = [line for block in blocks for line in block.splitlines()]
-    assert len(commands) == 8 and commands[5].startswith("./benchmark.sh")
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     env = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"} | {"PATH": path}
     outputs = {}
-    for command in commands:
-        done = subprocess.run(command, shell=True, cwd=tmp_path, env=env, text=True, timeout=600,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-        assert done.returncode == 0, f"{command}\n{done.stdout}"
+    for command in [line for block in blocks for line in block.splitlines()]:
+        done = subprocess.run(command, shell=True, cwd=tmp_path, env=env, text=True, timeout=600, capture_output=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
         outputs[command] = done.stdout
-    idea = (tmp_path / "algos" / "my_idea.py").read_text()
-    assert "bc_loss = F.l1_loss(" in idea and idea.startswith('"""Based on: drq_bc.')
-    changed = [line for line in outputs[commands[3]].splitlines() if line.startswith(">")]
-    assert len(changed) == 2 and "F.l1_loss" in changed[1]  # the first line, and the loss
-    assert "11 runs, 2 at a time; 1 finished before" in outputs[commands[5]]
-    compared = outputs["python report.py --compare drq_bc my_idea"]
-    assert len(re.findall(r"walker-walk med\w+-84px-1000 made 4 steps quick.*\(3\).*\(3\)   [+-]", compared)) == 4
+    (changed,) = (output for command, output in outputs.items() if command.startswith("diff"))
+    assert len(re.findall("^> ", changed, re.M)) == 2 and "F.l1_loss" in changed  # the first line, and the loss
+    assert len(list((tmp_path / "runs" / "quick").rglob("finished.json"))) == 12
+    assert (
+        len(re.findall(r"^walker-walk .*\(3\).*\(3\)", outputs["python report.py --compare drq_bc my_idea"], re.M)) == 2
+    )
     assert (tmp_path / "report" / "index.html").exists()
-
-
-def evaluations(name: str) -> list[dict]:
-    (path,) = (ROOT / "results/curves/quick/moto").glob(f"{name}.csv")
-    with path.open() as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-
-
-def cell(*rows: dict) -> str:
-    """Mean return and success of some evaluations, as the page has them."""
-    score, success = (sum(row[name] for row in rows) / len(rows) for name in ("score", "success"))
-    return f"{score:.1f} ({success:.0f} %)"
-
-
-def test_the_curves_that_the_page_of_moto_speaks_of():
-    """Its tables: the end of the offline phase, the last five evaluations and their mean, of each seed; ablations."""
-    lines = (ROOT / "docs" / "moto.md").read_text().splitlines()
-    demos, first = "metaworld-drawer-open/*/", lines.index("| seed | offline | online | mean online |") + 2
-    seeds = [int(line.split()[1]) for line in lines[first : lines.index("", first)]]
-    assert seeds[:2] == [1, 2]
-    for seed in seeds:
-        rows = evaluations(f"{demos}seed{seed}")
-        (end,) = [row for row in rows if row["step"] == 1_000]
-        assert seed > 2 or sum(row["score"] for row in rows[-5:]) / 5 > end["score"]
-        assert f"| {seed} | {cell(end)} | {', '.join(map(cell, rows[-5:]))} | {cell(*rows[-5:])} |" in lines
-        late = {row["step"] for row in rows[-5:]}
-        rows = evaluations(f"{demos}longer-seed{seed}")  # 2,000 offline updates, up to 1,000 the same run
-        (end,) = [row for row in rows if row["step"] == 2_000]
-        offline = cell(*[row for row in rows if row["step"] in late])
-        online = ", ".join(map(cell, rows[-5:]))
-        assert f"| {seed} | {offline} | {cell(end)} | {online} | {cell(*rows[-5:])} |" in lines
-    ablations = {"": "seed1", "`--penalty none`": "no-penalty-seed1", "`--bc-filter none`": "no-imitation-seed1",
-                 "`--penalty none --bc-filter none`": "neither-seed1",
-                 "`--penalty none --bc-filter none --value dreamer`": "dreamer-seed1"}  # fmt: skip
-    for flags, name in ablations.items():
-        before, after = (row for row in evaluations(demos + name) if row["step"] in (1_000, 1_200))
-        assert " ".join(f"| {flags} | {cell(before)} | {cell(after)} |".split()) in lines
-    for seed in (1, 2):
-        rows = [row for row in evaluations(f"walker-walk/*/seed{seed}") if row["step"] > 600]
-        assert rows[-1]["score"] > 14.81 and rows[-2]["score"] > 14.81  # the set's mean
-        assert " | ".join([f"| {seed}", *(f"{row['score']:.1f}" for row in rows)]) + " |" in lines

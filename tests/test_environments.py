@@ -1,8 +1,9 @@
 """Environments against dm_control itself, and worker processes against one environment in this process."""
 
 import contextlib
-import ctypes.util
+import gc
 import json
+import multiprocessing.forkserver
 import os
 import signal
 import subprocess
@@ -11,16 +12,9 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT, ROOT, run_python
+from conftest import ENVIRONMENT, ROOT, FourStepsPool, run_python
 
-import common
-from common import EnvPool, UserError, make_env
-
-
-@contextlib.contextmanager
-def environment(*args, **kwargs):
-    with contextlib.closing(make_env(*args, **kwargs)) as env:
-        yield env
+from common import Env, EnvPool, UserError, make_env
 
 
 @contextlib.contextmanager
@@ -29,9 +23,8 @@ def worker_pool(*args, **kwargs):
         yield pool
 
 
-def actions_of(env_or_dim, steps: int, seed: int = 0) -> np.ndarray:
+def actions_of(action_dim: int, steps: int, seed: int = 0) -> np.ndarray:
     """(steps, A) float32, uniform."""
-    action_dim = getattr(env_or_dim, "action_dim", env_or_dim)
     return np.random.default_rng(seed).uniform(-1, 1, (steps, action_dim)).astype(np.float32)
 
 
@@ -43,41 +36,42 @@ AGAINST_DM_CONTROL = """
 import os
 import numpy as np
 import common
-os.environ["MUJOCO_GL"] = common.choose_gl()
+os.environ["MUJOCO_GL"] = common.gl_backend()
 from dm_control import suite
 keep = []
-for task, size in (("walker-walk", 84), ("cheetah-run", 84), ("cheetah-run", 64)):
+for task, size, camera in (("walker-walk", 84, 0), ("cheetah-run", 64, 0), ("quadruped-walk", 64, 2)):
     ours = common.make_env(task, size, frame_stack=1, render="reference")
     theirs = suite.load(*task.split("-"), task_kwargs={"random": 3})
     keep += [ours, theirs]
     frames, rng = [ours.reset(3)[0]], np.random.default_rng(0)
     theirs.reset()
-    expected = [theirs.physics.render(size, size, camera_id=0)]
+    expected = [theirs.physics.render(size, size, camera_id=camera)]
     for _ in range(3):
-        action = rng.uniform(-1, 1, ours.action_dim)
+        action, bounds = rng.uniform(-1, 1, ours.spec["action_dim"]).astype(np.float32), theirs.action_spec()
         frames.append(ours.step(action)[0])
+        action = np.interp(action, (-1, 1), (0, 1)) * (bounds.maximum - bounds.minimum) + bounds.minimum
         theirs.step(action), theirs.step(action)
-        expected.append(theirs.physics.render(size, size, camera_id=0))
+        expected.append(theirs.physics.render(size, size, camera_id=camera))
     for frame, wanted in zip(frames, expected):
         assert frame.shape == (3, size, size) and frame.dtype == np.uint8
         assert wanted.std() > 20, "dm_control rendered nothing"
-        different = int((frame.transpose(1, 2, 0) != wanted).sum())
-        print("pixels that differ:", different)
+        print("pixels that differ:", int((frame.transpose(1, 2, 0) != wanted).sum()))
 """
 
 
 def test_reference_quality_is_dm_control_pixel_for_pixel():
-    result = run_python("-c", AGAINST_DM_CONTROL)
+    result = run_python("-W", "ignore", "-c", AGAINST_DM_CONTROL)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == ["pixels that differ: 0"] * 12
+    assert result.stderr == ""  # nothing is said at exit
 
 
 @pytest.mark.parametrize("task, mean_bound, share_bound", [("walker-walk", 0.1, 0.003), ("cheetah-run", 0.05, 0.002)])
 def test_fast_quality_is_near_reference(task, mean_bound, share_bound):
     frames = {}
     for render in ("reference", "fast"):
-        with environment(task, frame_stack=1, render=render) as env:
-            frames[render] = [env.reset(5)[0]] + [env.step(action)[0] for action in actions_of(env, 6)]
+        env = make_env(task, frame_stack=1, render=render)
+        frames[render] = [env.reset(5)[0]] + [env.step(action)[0] for action in actions_of(6, 6)]
     difference = np.abs(np.stack(frames["fast"]).astype(int) - np.stack(frames["reference"]))
     assert np.stack(frames["reference"]).std() > 20
     assert 0 < difference.mean() < mean_bound
@@ -85,58 +79,49 @@ def test_fast_quality_is_near_reference(task, mean_bound, share_bound):
 
 
 def test_frames_are_stacked_oldest_first_and_reset_repeats_the_first():
-    with environment("walker-walk", size=24, frame_stack=3) as env:
-        obs, _ = env.reset(0)
-        assert obs.shape == (9, 24, 24) and obs.dtype == np.uint8
-        frames = [obs[6:]] * 3
+    env = make_env("walker-walk", size=24, frame_stack=3)
+    obs, _ = env.reset(0)
+    assert obs.shape == (9, 24, 24) and obs.dtype == np.uint8
+    frames = [obs[6:]] * 3
+    assert np.array_equal(obs, np.concatenate(frames))
+    for action in actions_of(6, 4):
+        obs = env.step(action)[0]
+        assert not np.array_equal(obs[6:], frames[-1])  # the newest frame is the last
+        frames = [*frames[1:], obs[6:]]
         assert np.array_equal(obs, np.concatenate(frames))
-        for action in actions_of(env, 4):
-            obs = env.step(action)[0]
-            assert not np.array_equal(obs[6:], frames[-1])  # the newest frame is the last
-            frames = [*frames[1:], obs[6:]]
-            assert np.array_equal(obs, np.concatenate(frames))
-        obs, _ = env.reset(1)
-        assert np.array_equal(obs[:3], obs[6:]) and not np.array_equal(obs[6:], frames[-1])
+    obs, _ = env.reset(1)
+    assert np.array_equal(obs[:3], obs[6:]) and not np.array_equal(obs[6:], frames[-1])
 
 
-@pytest.mark.filterwarnings("ignore:`in1d`:DeprecationWarning")  # in dm_control
-def test_quadruped_is_seen_by_its_third_camera():
-    with environment("quadruped-walk", size=16) as env:
-        assert env.renderer.camera.fixedcamid == 2
-        assert env.reset(0)[0].std() > 5
-    with environment("walker-walk", size=16) as env:
-        assert env.renderer.camera.fixedcamid == 0
+def test_dropping_one_environment_leaves_another():
+    actions, frames, two = actions_of(6, 3), [], make_env("walker-walk", 24)
+    for _ in range(2):
+        one = make_env("walker-walk", 24)
+        one.reset(0)
+        two.reset(7)
+        del one
+        gc.collect()
+        frames.append([two.step(action)[0] for action in actions])
+    np.testing.assert_array_equal(*frames)
+    assert (frames[0][0] != frames[0][-1]).any()
 
 
 # ---- physics ----
 
 
 @pytest.mark.parametrize("task", ["walker-walk", "cheetah-run", "humanoid-walk"])
-def test_an_episode_is_a_function_of_its_seed(task):
-    env, other = make_env(task, size=None, seed=1), make_env(task, size=None, seed=2)
-    actions = actions_of(env, 20)
-
-    def episode(env):
-        states = [env.reset(7)[0]]
-        return np.stack(states + [env.step(action)[0] for action in actions])
-
-    first = episode(env)
-    env.reset()
-    for action in actions_of(env, 13, seed=1):
-        env.step(action)
-    assert np.array_equal(episode(env), first) and np.array_equal(episode(other), first)
-    assert not np.array_equal(env.reset(8)[0], first[0])
-    assert not np.array_equal(env.reset()[0], env.reset()[0])  # without a seed: another episode each time
-
-
-@pytest.mark.parametrize("task", ["walker-walk", "cheetah-run"])
-def test_an_action_is_repeated_twice_and_rewards_are_summed(task):
+def test_an_episode_is_a_function_of_its_seed_and_dm_controls(task):
+    """Whatever was before. An action is repeated twice, rewards are summed."""
     from dm_control import suite
 
-    env, raw = make_env(task, size=None), suite.load(*task.split("-"), task_kwargs={"random": 4})
-    obs, info = env.reset(4)
+    env, raw = make_env(task, size=None), suite.load(*task.split("-"), task_kwargs={"random": 7})
+    actions = actions_of(env.spec["action_dim"], 30)
+    env.reset(8)
+    for action in actions[:13]:
+        env.step(action)
+    obs, info = env.reset(7)
     raw_state = raw.reset().observation
-    for action in [None, *actions_of(env, 30)]:
+    for action in [None, *actions]:
         if action is not None:
             obs, reward, terminal, timeout, info = env.step(action)
             steps = [raw.step(action), raw.step(action)]
@@ -144,78 +129,43 @@ def test_an_action_is_repeated_twice_and_rewards_are_summed(task):
             raw_state = steps[1].observation
         expected = np.concatenate([np.ravel(part) for part in raw_state.values()]).astype(np.float32)
         assert np.array_equal(obs, expected) and np.array_equal(info["state"], expected)
+    assert not np.array_equal(env.reset(8)[0], env.reset(7)[0])
 
 
 def test_time_runs_out_after_500_steps_and_is_not_terminal():
     env = make_env("cheetah-run", size=None)
     env.reset(0)
-    flags = [env.step(action)[2:4] for action in actions_of(env, 500)]
+    flags = [env.step(action)[2:4] for action in actions_of(6, 500)]
     assert flags[:499] == [(False, False)] * 499 and flags[499] == (False, True)
+    assert env.spec == {"action_dim": 6, "action_repeat": 2, "return_per_score": 10, "episode_steps": 500}
 
 
-def test_a_termination_is_terminal_and_not_a_timeout():
+@pytest.mark.parametrize("discount, flags", [(0.0, (True, False)), (1.0, (False, True))])
+def test_a_termination_is_terminal_and_not_a_timeout(discount, flags):
     env = make_env("cheetah-run", size=None)
     env.reset(0)
-    action = actions_of(env, 1)[0]
-    env.env.task.get_termination = lambda physics: 0.0  # dm_control: the discount of a last step
-    assert env.step(action)[2:4] == (True, False)
-    env.env.task.get_termination = lambda physics: 1.0
-    env.reset(0)
-    assert env.step(action)[2:4] == (False, True)
-
-
-@pytest.mark.parametrize("task", ["walker-walk", "cheetah-run"])
-def test_a_state_put_back_gives_the_same_future(task):
-    env = make_env(task, size=None)
-    env.reset(3)
-    actions = actions_of(env, 60)
-    for action in actions[:20]:
-        env.step(action)
-    state = env.get_state()
-    future = [env.step(action)[:2] for action in actions[20:]]
-    env.reset(9)
-    env.set_state(state)
-    assert np.array_equal(env.get_state(), state)
-    again = [env.step(action)[:2] for action in actions[20:]]
-    assert [reward for _, reward in again] == [reward for _, reward in future]
-    assert all(np.array_equal(obs, other) for (obs, _), (other, _) in zip(again, future))
+    env.simulator.env.task.get_termination = lambda physics: discount  # dm_control: the discount of a last step
+    assert env.step(actions_of(6, 1)[0])[2:4] == flags
 
 
 def test_unknown_task_lists_the_known_ones():
-    with pytest.raises(UserError, match="--task walker-fly: no such dm_control task.*cheetah-run.*walker-walk"):
-        make_env("walker-fly", size=None)
-    with (
-        worker_pool("nonsense", None, 1) as pool,
-        pytest.raises(UserError, match="--task nonsense: .*humanoid-walk") as error,
-    ):
-        pool.reset([0])
-    assert "\n" not in str(error.value)
-
-
-# ---- choosing the backend ----
+    for make in (lambda: make_env("walker-fly", size=None), lambda: EnvPool("walker-fly", None, 1)):
+        with pytest.raises(UserError, match="--task walker-fly: no such task. There are: .*cheetah-run") as error:
+            make()
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS renders by itself")
-def test_rendering_backend(monkeypatch):
-    monkeypatch.setenv("MUJOCO_GL", "OSMesa")
-    assert common.choose_gl() == "osmesa"  # the user's, whatever works
-    monkeypatch.delenv("MUJOCO_GL")
-    monkeypatch.setattr(common, "egl_works", lambda: True)
-    assert common.choose_gl() == "egl"
-    monkeypatch.setattr(common, "egl_works", lambda: False)
-    monkeypatch.setattr(ctypes.util, "find_library", lambda name: {"OSMesa": "libOSMesa.so.8"}.get(name))
-    assert common.choose_gl() == "osmesa"
-    monkeypatch.setattr(ctypes.util, "find_library", lambda name: None)
-    with pytest.raises(UserError, match="libegl1 libopengl0 libgl1-mesa-dri.*libosmesa6"):
-        common.choose_gl()
-    with pytest.raises(UserError, match="libegl1"):
-        make_env("walker-walk", size=16)
-
-
-@pytest.mark.skipif(sys.platform == "darwin", reason="no EGL")
-def test_egl_without_a_device_does_not_work(monkeypatch):
-    monkeypatch.setenv("MUJOCO_EGL_DEVICE_ID", "99")
-    assert common.egl_works.__wrapped__() is False  # the function beneath its cache
+@pytest.mark.parametrize("variables", [{"MUJOCO_EGL_DEVICE_ID": "99"}, {"MUJOCO_GL": "unknown"}])
+def test_a_backend_that_does_not_work_is_one_line(monkeypatch, variables):
+    """In a worker of a new fork server: a backend is loaded once per process."""
+    multiprocessing.forkserver._forkserver._stop()
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match="cannot render here.*libegl1 libopengl0 libgl1-mesa-dri") as error:
+        EnvPool("walker-walk", 16, 1)
+    assert "\n" not in str(error.value)
+    multiprocessing.forkserver._forkserver._stop()
 
 
 # ---- worker processes ----
@@ -226,14 +176,14 @@ def test_pool_equals_one_environment_with_any_number_of_workers():
     actions = np.stack([actions_of(6, steps, seed=i) for i in range(3)], 1)  # (steps, 3, 6)
     expected = []
     for i, seed in enumerate(seeds):
-        with environment("walker-walk", size=24) as env:
-            expected.append([(env.reset(seed)[0], 0.0, env.reset(seed)[1]["state"])])
-            for t in range(steps):
-                obs, reward, _, _, info = env.step(actions[t, i])
-                expected[i].append((obs, reward, info["state"]))
+        env = make_env("walker-walk", size=24)
+        expected.append([(*env.reset(seed), 0.0)])
+        for t in range(steps):
+            obs, reward, _, _, info = env.step(actions[t, i])
+            expected[i].append((obs, info, reward))
     for workers in (1, 2):
         with worker_pool("walker-walk", 24, 3, workers=workers) as pool:
-            assert len(pool.processes) == workers
+            assert len(pool.workers) == workers
             obs, reward = pool.reset(seeds), np.zeros(3)
             for t in range(steps + 1):
                 if t:
@@ -241,54 +191,57 @@ def test_pool_equals_one_environment_with_any_number_of_workers():
                     assert not terminal.any()
                 assert obs.shape == (3, 9, 24, 24) and not pool.done.any()
                 for i in range(3):
-                    assert np.array_equal(obs[i], expected[i][t][0]) and reward[i] == expected[i][t][1]
-                    assert np.array_equal(pool.infos[i]["state"], expected[i][t][2])
+                    assert np.array_equal(obs[i], expected[i][t][0]) and reward[i] == expected[i][t][2]
+                    assert np.array_equal(pool.infos[i]["state"], expected[i][t][1]["state"])
 
 
 def test_finished_episodes_get_no_reward_and_keep_their_obs():
-    with worker_pool("walker-walk", None, 2, workers=2) as pool:
-        pool.reset([0, 1])
-        pool.call("step", [(np.zeros(6),), None])  # the first environment is one step ahead
-        actions = actions_of(12, 501).reshape(501, 2, 6)
-        for t in range(498):
-            pool.step(actions[t])
-        assert pool.done.tolist() == [False, False]
-        last, reward, _ = pool.step(actions[498])
-        assert pool.done.tolist() == [True, False] and (reward > 0).all()
-        obs, reward, terminal = pool.step(actions[499])
-        assert pool.done.tolist() == [True, True] and not terminal.any()
-        assert reward[0] == 0 and reward[1] > 0
-        assert np.array_equal(obs[0], last[0]) and not np.array_equal(obs[1], last[1])
-        final, reward, _ = pool.step(actions[500])
-        assert reward.tolist() == [0, 0] and np.array_equal(final, obs)
-        pool.reset([0, 1])
-        assert pool.done.tolist() == [False, False]
+    pool = FourStepsPool("", 8, 2)
+    pool.reset([0, 1])
+    pool.call(Env.step, [(np.zeros(2),), None])  # the first environment is one step ahead
+    found = [pool.step(np.array([[0.5, t == 2], [0.25, t == 4]])) for t in range(5)]
+    assert [reward.tolist() for _, reward, _ in found] == [[1.5, 1.25]] * 3 + [[0, 1.25], [0, 0]]
+    assert not any(terminal.any() for _, _, terminal in found) and pool.done.all()
+    obs = np.stack([obs for obs, _, _ in found])
+    moved = (obs[1:] != obs[:-1]).any((2, 3, 4))  # (4, 2)
+    assert moved.tolist() == [[True, True]] * 2 + [[False, True], [False, False]]
+    assert pool.success.tolist() == [True, False]  # solved at some step, while the episode lasted
+    assert pool.summary(np.array([70.0, 30.0])) == {"score": 5.0, "return": [70.0, 30.0]}  # a tenth of the return
+    pool.reset([0, 1])
+    assert not pool.done.any() and not pool.success.any()
 
 
 def test_a_workers_exception_is_raised_here_with_its_traceback():
     with worker_pool("walker-walk", None, 2, workers=2) as pool:
         pool.reset([0, 1])
-        with pytest.raises(
-            RuntimeError, match="(?s)in an environment worker:.*Traceback.*in step.*ValueError.*broadcast"
-        ):
+        message = "(?s)in an environment worker:.*Traceback.*in step.*ValueError.*broadcast"
+        with pytest.raises(RuntimeError, match=message):
             pool.step(np.zeros((2, 5)))  # walker has 6 joints
-        assert not any(process.is_alive() for process in pool.processes)
+        assert not any(process.is_alive() for _, process in pool.workers)
 
 
 @pytest.mark.parametrize("moment", ["idle", "busy"])
 def test_a_killed_worker_is_named(moment):
     with worker_pool("walker-walk", None, 2, workers=2) as pool:
         pool.reset([0, 1])
-        victim = pool.processes[1]
+        victim = pool.workers[1][1]
         os.kill(victim.pid, signal.SIGKILL if moment == "idle" else signal.SIGSTOP)
-        if moment == "idle":
-            victim.join(10)
-        else:
-            pid = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {victim.pid}"])
-        with pytest.raises(RuntimeError, match="an environment worker died"):
-            pool.step(np.zeros((2, 6)))
-        if moment == "busy":
-            pid.wait()
+        with subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {victim.pid}"]):
+            if moment == "idle":
+                victim.join(10)
+            with pytest.raises(UserError, match="an environment worker died"):
+                pool.step(np.zeros((2, 6)))
+
+
+def test_workers_leave_signals_to_their_parent():
+    """Batch schedulers send SIGTERM to every process of a job: the evaluation that is on ends all the same."""
+    with worker_pool("walker-walk", None, 2, workers=2) as pool:
+        pool.reset([0, 1])
+        server = multiprocessing.forkserver._forkserver._forkserver_pid
+        for pid in (server, *(process.pid for _, process in pool.workers)):
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(0.2)
+        assert (pool.step(np.zeros((2, 6)))[1] > 0).all()
 
 
 def running(pid: int) -> bool:
@@ -297,41 +250,38 @@ def running(pid: int) -> bool:
     return bool(state) and not state.startswith("Z")
 
 
-def test_workers_end_when_their_parent_is_killed():
-    script = """
-import time
+def test_workers_end_with_their_parent_and_import_its_common(tmp_path):
+    """However it ends: the first is killed, the second says nothing at exit. The current folder holds another
+    common.py; functions of the script itself may be called."""
+    (tmp_path / "common.py").write_text("raise SystemExit('the wrong one')")
+    script = tmp_path / "elsewhere" / "script.py"
+    script.parent.mkdir()
+    script.write_text(f"""
+import sys, time
+sys.path.insert(0, {str(ROOT)!r})
 from common import EnvPool
-pool = EnvPool("cheetah-run", None, 2, workers=2)
-pool.reset([0, 1])
-print([process.pid for process in pool.processes], flush=True)
-time.sleep(100)
-"""
-    parent = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=ROOT, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE
-    )
-    workers = json.loads(parent.stdout.readline())
-    assert len(workers) == 2 and all(map(running, workers))
-    parent.kill()
-    parent.wait()
+
+def twice(env, number):
+    return 2 * number
+
+if __name__ == "__main__":
+    pool = EnvPool("cheetah-run", 16, 2, workers=2)
+    print([process.pid for _, process in pool.workers], pool.call(twice, [(1,), (2,)]), flush=True)
+    pool.reset([0, 1])
+    time.sleep(100 * (len(sys.argv) > 1))
+""")
+    env = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
+    command = [sys.executable, script]
+    with subprocess.Popen([*command, "wait"], cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE) as parent:
+        line = parent.stdout.readline().strip()
+        assert line.endswith("] [2, 4]"), line
+        workers = json.loads(line.removesuffix(" [2, 4]"))
+        assert len(workers) == 2 and all(map(running, workers))
+        parent.kill()
+    done = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    workers += json.loads(done.stdout.strip().removesuffix(" [2, 4]"))
     deadline = time.monotonic() + 20
     while any(map(running, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(map(running, workers))
-
-
-def test_workers_do_not_import_the_calling_script(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(f"""
-from pathlib import Path
-with open(Path({str(tmp_path)!r}) / "imports", "a") as file:
-    file.write(__name__ + "\\n")
-print("imported", flush=True)
-from common import EnvPool
-pool = EnvPool("cheetah-run", None, 2, workers=2)  # on purpose without a guard for __main__
-print(pool.reset([0, 1]).shape)
-pool.close()
-""")
-    result = run_python(script)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == ["imported", "(2, 17)"]
-    assert (tmp_path / "imports").read_text() == "__main__\n"
+    assert len(workers) == 4 and not any(map(running, workers))

@@ -1,7 +1,5 @@
 """data/minari_kitchen.py on a small local set of Minari's form, recorded here."""
 
-import json
-import subprocess
 import warnings
 
 import gymnasium
@@ -9,20 +7,19 @@ import minari
 import minari_kitchen
 import numpy as np
 import pytest
-from conftest import ENVIRONMENT, ROOT, run_python
 from minari.data_collector.episode_buffer import EpisodeBuffer
+from store import DatasetWriter
 
-import common
 import manipulation
-from common import make_env
+from common import Dataset, UserError, make_env
 
 STEPS = (4, 6)
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
-    """$MINARI_DATASETS_PATH with test/kitchen-v0: two episodes, random actions, the second with the microwave open;
-    the set; what the environment showed, 24 px."""
+    """In $MINARI_DATASETS_PATH test/kitchen-v0: two episodes, random actions, the second with the microwave open.
+    Returns the set and what the environment showed, 24 px."""
     path, env, buffers, images = tmp_path_factory.mktemp("minari"), make_env("kitchen-mixed", 24, 1), [], []
     rng = np.random.default_rng(0)
     for number, steps in enumerate(STEPS):
@@ -31,14 +28,13 @@ def recorded(tmp_path_factory):
         images.append(image)
         for action in actions:
             if number:
-                env.data.qpos[22] = -0.75  # the microwave's door
+                env.simulator.data.qpos[22] = -0.75  # the microwave's door
             image, *_, info = env.step(action)
             states.append(info["state"].astype(np.float64))
             images.append(image)
         nothing = np.zeros(steps, bool)
         buffers.append(EpisodeBuffer(observations={"observation": np.stack(states)}, actions=actions,
                                      rewards=np.zeros(steps), terminations=nothing, truncations=nothing))  # fmt: skip
-    env.close()
     box = gymnasium.spaces.Box
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINARI_DATASETS_PATH", str(path))
@@ -47,43 +43,38 @@ def recorded(tmp_path_factory):
             "test/kitchen-v0", buffers, action_space=box(-1, 1, (9,), np.float64),
             observation_space=gymnasium.spaces.Dict({"observation": box(-np.inf, np.inf, (59,), np.float64)}),
         )  # fmt: skip
-        yield path, minari.load_dataset("test/kitchen-v0"), np.stack(images)
+        yield minari.load_dataset("test/kitchen-v0"), np.stack(images)
 
 
-def convert(recorded, *flags) -> subprocess.CompletedProcess:
-    environment = ENVIRONMENT | {"MINARI_DATASETS_PATH": str(recorded[0])}
-    return run_python(ROOT / "data" / "minari_kitchen.py", *flags, env=environment)
+def convert(data_dir, **flags) -> None:
+    flags = {"minari_id": "test/kitchen-v0", "size": 24, "data_dir": data_dir} | flags
+    minari_kitchen.main(minari_kitchen.Args(**flags))
 
 
-def test_the_set_is_what_was_recorded(recorded, tmp_path):
-    flags = ["--dataset", "mixed", "--minari-id", "test/kitchen-v0", "--size", 24, "--data-dir", tmp_path]
-    done = convert(recorded, *flags, "--workers", 2)
-    assert done.returncode == 0, done.stderr
-    assert "2 episodes, 10 transitions" in done.stdout and "0: 1, 1: 1, 2: 0" in done.stdout
-    dataset = common.Dataset(tmp_path / "made" / "kitchen-mixed" / "mixed-24px")
-    part, episodes = dataset.parts[0], list(recorded[1].iterate_episodes())
+def test_the_set_is_what_was_recorded(recorded, tmp_path, capsys):
+    convert(tmp_path, workers=2)
+    printed = capsys.readouterr().out
+    assert "2 episodes, 10 transitions" in printed and "0: 1, 1: 1, 2: 0" in printed
+    dataset = Dataset(tmp_path / "made" / "kitchen-mixed" / "mixed-24px")
+    part, episodes = dataset.parts[0], list(recorded[0].iterate_episodes())
     assert dataset.task == "kitchen-mixed" and part.lengths.tolist() == [5, 7]
-    part.check_values()
+    dataset.rows()
     for first, episode in zip(part.episode, episodes):
         rows = slice(first + 1, first + 1 + len(episode.actions))
         np.testing.assert_allclose(part.action[rows], episode.actions, rtol=1e-6)
     assert part.reward[1:5].max() == 0 and (part.reward[6:] == 1).all()  # step after step, not once
-    assert json.loads((part.path / "meta.json").read_text())["recipe"]["camera"]["distance"] == 1.86
-    stored, seen = part.image.astype(float), recorded[2].astype(float)
+    assert part.meta["recipe"]["camera"]["distance"] == 1.86
+    stored, seen = part.image.astype(float), recorded[1].astype(float)
     assert seen.shape == stored.shape and seen.std() > 10
     here, before = np.abs(stored - seen).mean((1, 2, 3)), np.abs(stored[1:] - seen[:-1]).mean((1, 2, 3))
-    # what was seen in this row, but for the state's noise
-    assert (here < 1.5).all() and (here[1:] < 0.5 * before).all()
-    again = convert(recorded, *flags)
-    assert again.returncode == 0, again.stderr  # it is there
-    other = convert(recorded, *flags, "--render", "reference")
-    assert other.returncode == 1 and "was made with another --render or --minari-id; delete it" in other.stderr
+    assert (here < 1.5).all() and (here[1:] < 0.5 * before).all()  # but for the state's noise
+    convert(tmp_path)  # it is there
+    with pytest.raises(UserError, match="was made with another --render or --minari-id; delete it"):
+        convert(tmp_path, render="reference")
 
 
 def test_an_interrupted_conversion_continues(recorded, tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(recorded[0]))
-    monkeypatch.setattr(minari_kitchen, "load_minari", lambda name: recorded[1])
-    original, added = common.DatasetWriter.add, []
+    original, added = DatasetWriter.add, []
 
     def add(self, *episode):
         added.append(self.episodes)
@@ -91,44 +82,38 @@ def test_an_interrupted_conversion_continues(recorded, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         original(self, *episode)
 
-    monkeypatch.setattr(common.DatasetWriter, "add", add)
-    folders = [tmp_path / name for name in ("one", "two")]
-    args = [minari_kitchen.Args(size=24, workers=1, data_dir=str(folder)) for folder in folders]
+    monkeypatch.setattr(DatasetWriter, "add", add)
     with pytest.raises(KeyboardInterrupt):
-        minari_kitchen.main(args[0])
-    minari_kitchen.main(args[0])
+        convert(tmp_path / "one", workers=1)
+    convert(tmp_path / "one", workers=1)
     assert added == [0, 1, 1]  # the first episode is kept
-    minari_kitchen.main(args[1])
-    metas = [json.loads((folder / "made/kitchen-mixed/mixed-24px/meta.json").read_text()) for folder in folders]
-    assert metas[0]["sha256"] == metas[1]["sha256"] and metas[0]["episodes"] == 2
+    convert(tmp_path / "two", workers=1)
+    digests = [Dataset(tmp_path / name / "made/kitchen-mixed/mixed-24px").hash for name in ("one", "two")]
+    assert digests[0] == digests[1]
 
 
 def test_rewards_are_those_of_the_environment():
     """objects_in_place of the state that a step leads to is the reward of make_env's step, but for its noise."""
     env = make_env("kitchen-partial", None)
     env.reset(0)
-    env.data.qpos[22] = -0.75
+    env.simulator.data.qpos[22] = -0.75
     rng = np.random.default_rng(0)
     for _ in range(5):
         _, reward, _, _, info = env.step(rng.uniform(-1, 1, 9))
         assert manipulation.objects_in_place("kitchen-partial", info["state"][None].astype(float)).item() == reward == 1
 
 
-def test_statistics_alone(recorded, tmp_path):
-    flags = ["--dataset", "partial", "--minari-id", "test/kitchen-v0", "--stats-only", "--data-dir", tmp_path]
-    done = convert(recorded, *flags)
-    assert done.returncode == 0 and "0.0 % solve the task" in done.stdout and not list(tmp_path.iterdir())
+def test_statistics_alone_and_mistakes(recorded, tmp_path, capsys):
+    convert(tmp_path, dataset="partial", stats_only=True)
+    assert "0.0 % solve the task" in capsys.readouterr().out
+    for name, value in (("size", 0), ("workers", -2)):
+        with pytest.raises(UserError, match=f"--{name} {value}: from 1"):
+            convert(tmp_path, **{name: value})
+    assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_cannot_be_loaded(recorded, tmp_path):
-    done = convert(recorded, "--minari-id", "test/none-v0", "--data-dir", tmp_path)
-    message = done.stderr.strip().splitlines()[-1]
-    assert done.returncode == 1 and message.startswith("error: --minari-id test/none-v0")
-    assert "ImportError" not in message  # what it fetches with is installed
-
-
-def test_a_missing_kitchen_set_names_the_command(tmp_path):
-    done = run_python(
-        ROOT / "algos" / "moto.py", "--task", "kitchen-mixed", "--dataset", "mixed", "--data-dir", tmp_path
-    )
-    assert done.returncode == 1 and "python data/minari_kitchen.py --dataset mixed" in done.stderr
+    """Minari asks the network several times. What it asks with is installed: it is no ImportError."""
+    with pytest.raises(UserError, match="^--minari-id test/none-v0: ((?!ImportError).)*$"):
+        convert(tmp_path, minari_id="test/none-v0")

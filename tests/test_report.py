@@ -1,53 +1,56 @@
-"""report.py on small hand-written run folders; benchmarks/throughput.py as a rehearsal."""
+"""report.py on small hand-written run folders; benchmarks/throughput.py as a rehearsal. The page: test_page.py."""
 
 import csv
 import json
-import subprocess
-import sys
+import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-import common
 import report
-from common import UserError, save_video
+from benchmarks import figures
+from common import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
-STYLE = ("algo, task, dataset, source, data_hash, data_mean, render, tag, seed, steps, quick, score_last, "
-         "score_late_mean, success_last, success_late_mean, env_steps, episodes, wall_s, hardware, versions, commit, "
-         "command")  # fmt: skip
 
 
-def write_run(path: Path, scores=(10.0, 80.0, 20.0, 30.0), success=None, finished=None, source="made", algo="drq_bc",
-              dataset="medium-84px", data_hash="0123456789abcdef", command='algos/drq_bc.py --tag "a, b"',
-              **args) -> Path:  # fmt: skip
-    """A finished run folder as common.Run leaves it, evaluated every 100 steps."""
-    args = {"task": "walker-walk", "tag": "", "seed": 0, "quick": False} | args
-    facts = {"set": dataset, "source": source, "hash": data_hash, "mean_return": 441.2345}
-    args |= {"precision": "bf16", "accelerate": "eager"}
-    config = {"algo": algo, "args": args, "dataset": facts | {"render": "fast"}, "commit": "abc-dirty", "resumed": []}
-    config |= {"versions": {"torch": "2.13.0", "numpy": "2.3.5"}, "hardware": "2 cores of X, Y"}
-    config |= {"command": command}
+def write_run(path: Path, scores=(10.0, 80.0, 20.0, 30.0), algo="drq_bc", source="made", dataset="medium-84px",
+              data_hash="0123456789abcdef", command="algos/drq_bc.py", columns=None, **args) -> Path:  # fmt: skip
+    """A finished run folder as common.Run leaves it, evaluated every 100 steps. columns: more ones of eval.csv."""
+    args = {"task": "walker-walk", "tag": "", "seed": 0, "quick": False, "precision": "bf16"} | args
+    facts = {"set": dataset, "source": source, "hash": data_hash, "mean_return": 441.2345, "render": "fast"}
+    config = {"algo": algo, "args": args | {"accelerate": "eager"}, "dataset": facts, "resumed": [], "command": command}
+    config |= {"versions": {"torch": "2.13.0", "numpy": "2.3.5"}, "hardware": "2 cores of X, Y", "commit": "abc-dirty"}
     path.mkdir(parents=True)
     (path / "config.json").write_text(json.dumps(config))
-    steps = [100 * (i + 1) for i in range(len(scores))]
-    (path / "finished.json").write_text(json.dumps({"steps": steps[-1], "wall_s": 12.5} | (finished or {})))
-    header = "step,wall_s,score,return_0,return_1" + (",success" if success else "")
-    lines = [f"{t},{t / 10},{s},{10 * s - 1},{10 * s + 1}" for t, s in zip(steps, scores)]
-    lines = [f"{line},{s}" for line, s in zip(lines, success)] if success else lines
-    (path / "eval.csv").write_text("\n".join([header, *lines]) + "\n")
+    table = {"step": [100 * (i + 1) for i in range(len(scores))], "wall_s": scores, "score": scores} | (columns or {})
+    rows = [",".join(map(str, row)) for row in [table, *zip(*table.values())]]
+    (path / "eval.csv").write_text("\n".join(rows) + "\n")
+    (path / "finished.json").write_text(json.dumps({"steps": table["step"][-1], "wall_s": 12.5}))
     return path
 
 
-def add(results: Path, *runs: Path) -> list[dict]:
-    report.main(report.Args(add=tuple(map(str, runs)), results_dir=str(results)))
-    return read(results)
+def write_seeds(folder: Path, last_scores, extra=(), **kwargs) -> list[Path]:
+    """A run per seed that ends with score - 2, score, under folder/runs; extra: earlier evaluations."""
+    names = [str(kwargs.get(name, "")) for name in ("algo", "task", "dataset", "tag", "source", "quick", "data_hash")]
+    paths = [folder / "runs" / "-".join([*names, str(len(extra))]) / f"seed{seed}" for seed in range(len(last_scores))]
+    ends = ((5.0, *extra, score - 2, score) for score in last_scores)
+    return [write_run(path, scores, seed=seed, **kwargs) for seed, (path, scores) in enumerate(zip(paths, ends))]
 
 
-def read(results: Path) -> list[dict]:
-    with open(results / "summary.csv", newline="") as handle:
+def call(folder: Path, **kwargs) -> None:
+    places = {"results_dir": folder / "results", "runs_dir": folder / "runs", "out": folder / "report"}
+    report.main(report.Args(**{name: str(path) for name, path in places.items()}, **kwargs))
+
+
+def add(folder: Path, *runs: Path) -> list[dict]:
+    call(folder, add=tuple(map(str, runs)))
+    return read(folder / "results" / "summary.csv")
+
+
+def read(file: Path) -> list[dict]:
+    with open(file, newline="") as handle:
         return list(csv.DictReader(handle))
 
 
@@ -56,236 +59,300 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
-def test_row_and_curve(tmp_path):
-    run = write_run(tmp_path / "run")
+def groups_of(folder: Path) -> list[report.Group]:
+    return report.groups_of(report.gather(folder / "results", folder / "runs")[0])
+
+
+# ---- --add ----
+
+
+def test_row_curve_flags_and_metrics(tmp_path):
+    run = write_run(tmp_path / "run", command='algos/drq_bc.py --tag "a, b"')
     (run / "train.csv").write_text("step,loss\n200,0.75\n400,0.5\n")
-    (row,) = add(tmp_path / "results", run)
-    assert row == {
-        "algo": "drq_bc", "task": "walker-walk", "dataset": "medium-84px", "source": "made",
-        "data_hash": "0123456789abcdef", "data_mean": "441.23", "render": "fast", "tag": "", "seed": "0",
-        "steps": "400", "quick": "False", "score_last": "30.0", "score_late_mean": "25.0", "success_last": "",
-        "success_late_mean": "", "env_steps": "", "episodes": "", "wall_s": "12.5",
-        "hardware": "2 cores of X, Y, bf16, eager",
+    (row,) = add(tmp_path, run)
+    assert row == dict.fromkeys(report.COLUMNS, "") | {
+        "algo": "drq_bc", "task": "walker-walk", "dataset": "medium-84px", "source": "made", "quick": "False",
+        "data_hash": "0123456789abcdef", "data_mean": "441.23", "render": "fast", "seed": "0", "steps": "400",
+        "score_last": "30.0", "score_late_mean": "25.0", "wall_s": "12.5", "hardware": "2 cores of X, Y, bf16, eager",
         "versions": "torch 2.13.0; numpy 2.3.5", "commit": "abc-dirty", "command": "algos/drq_bc.py --tag 'a, b'",
     }  # fmt: skip
-    assert (tmp_path / "results/summary.csv").read_text().splitlines()[0] == STYLE.replace(" ", "")
-    place = "drq_bc/walker-walk/medium-84px/seed0"
+    place, found = "drq_bc/walker-walk/medium-84px/seed0", files(tmp_path / "results")
     curve, config, metrics = f"curves/{place}.csv", f"configs/{place}.json", f"metrics/{place}.json"
-    assert set(files(tmp_path / "results")) == {"summary.csv", curve, config, metrics}  # nothing temporary is left
-    assert json.loads((tmp_path / "results" / metrics).read_text()) == {"train": {"step": "400", "loss": "0.5"}}
-    assert json.loads((tmp_path / "results" / config).read_text())["precision"] == "bf16"
-    assert (tmp_path / "results" / curve).read_bytes() == (run / "eval.csv").read_bytes()
+    assert set(found) == {"summary.csv", curve, config, metrics}  # nothing temporary is left
+    assert json.loads(found[metrics]) == {"train": {"step": "400", "loss": "0.5"}}
+    assert json.loads(found[config])["precision"] == "bf16" and found[curve] == (run / "eval.csv").read_bytes()
 
 
-def test_paths_of_a_machine_stay_out_and_one_seed_keeps_its_video(tmp_path):
+def test_paths_of_a_machine_stay_out_and_one_seed_keeps_its_video_as_it_is(tmp_path):
     command = "/home/me/clone/algos/bc.py --data-dir /home/me/data --dataset=/home/me/own/robot --runs-dir /home/me"
     flags = {"data_dir": "/home/me/data", "model_from": "/home/me/runs/seed0", "command": f"{command} --nstep 1"}
     runs = [write_run(tmp_path / f"s{seed}", seed=seed, **flags) for seed in range(2)]
     for run in runs:
-        save_video(run / "evaluation.mp4", [np.zeros((3, 84, 84), np.uint8)] * 3)
-    add(tmp_path / "results", *runs)
-    add(tmp_path / "results", *runs)
-    assert not any(b"/home/me" in content for content in files(tmp_path / "results").values())
-    assert {row["command"] for row in read(tmp_path / "results")} == {"algos/bc.py --dataset=own/robot --nstep 1"}
-    assert [path.name for path in (tmp_path / "results" / "videos").rglob("*.mp4")] == ["seed0.mp4"]
-    found, problems = report.gather(tmp_path / "results", None)
-    assert problems == [] and [bool(run.video) for run in found] == [True, False]
-    assert [run.args["seed"] for run in found] == [0, 1]  # configurations are in results/, too
-
-
-def test_commands_of_before_quotes_were_kept():
-    assert report.flags_of("algos/bc.py --runs-dir it's --lr 0.1") == [["algos/bc.py"], ["--runs-dir", "it's"],
-                                                                       ["--lr", "0.1"]]  # fmt: skip
-
-
-def test_runs_of_before_the_list_of_resumes(tmp_path):
-    run = write_run(tmp_path / "run")
-    config = json.loads((run / "config.json").read_text())
-    del config["resumed"]
-    (run / "config.json").write_text(json.dumps(config))
-    assert add(tmp_path / "results", run)[0]["commit"] == "abc-dirty"
+        (run / "evaluation.mp4").write_bytes(run.name.encode())
+    assert {row["command"] for row in add(tmp_path, *runs)} == {"algos/bc.py --dataset=own/robot --nstep 1"}
+    add(tmp_path, *runs)
+    found = files(tmp_path / "results")
+    assert not any(b"/home/me" in content for content in found.values())
+    assert [(Path(name).name, text) for name, text in found.items() if "videos" in name] == [("seed0.mp4", b"s0")]
 
 
 def test_runs_that_collect(tmp_path):
     """Over steps in the environment, from the offline phase's last evaluation on; returns and successes as they are."""
-    online = {"episodes": 20, "env_steps": 4000}
-    run = write_run(tmp_path / "run", (10, 20, 30, 60), success=(0, 25, 50, 100), finished=online,
-                    task="metaworld-drawer-open")  # fmt: skip
-    lines = (run / "eval.csv").read_text().splitlines()
-    ends = ("env_steps", "0", "0", "2000", "4000")
-    (run / "eval.csv").write_text("".join(f"{line},{end}\n" for line, end in zip(lines, ends)))
-    add(tmp_path / "results", run)
-    groups = report.groups_of(report.gather(tmp_path / "results", None)[0])
-    ((key, runs),) = groups.items()
-    assert runs[0].curve == [(0, 20.0), (2000, 30.0), (4000, 60.0)]
-    row = report.table_row(key, runs, {})
-    assert (row["success_last"], row["success_late_mean"], row["env_steps"]) == (100, 75, 4000)
-    assert row["data_score"] == row["data_mean"] == 441.23
-    text = report.markdown([(row, runs)])
-    assert "| 60.0 (success 100 %) | 45.0 (success 75 %) |" in text and "made, 441.2" in text
-    assert "; 4,000 steps online |" in text
+    more = {"success": (0, 25, 50, 100), "env_steps": (0, 0, 2000, 4000), "episodes": (0, 0, 10, 20)}
+    (row,) = add(tmp_path, write_run(tmp_path / "r", (10, 20, 30, 60), task="metaworld-drawer-open", columns=more))
+    assert [row[name] for name in ("env_steps", "episodes", "success_last")] == ["4000", "20", "100.0"]
+    group = report.Group(report.gather(tmp_path / "results", None)[0])
+    assert group.runs[0].points == [(0, 20.0), (2000, 30.0), (4000, 60.0)]
+    text = report.markdown([group])
+    assert "| 60.0 (success 100 %) | 45.0 (success 75 %) |" in text and "; 4,000 steps online |" in text
+    assert "made, 441.2" in text
 
 
-@pytest.mark.parametrize(
-    ("scores", "late"),
-    [([7], 7), ([1, 5], 3), ([0] * 18 + [10, 20], 15), ([0] * 37 + [1, 2, 3, 6], 3), ([99] * 28 + [3, 6], 36)],
-)
-def test_late_mean_is_of_the_last_tenth_and_at_least_two(tmp_path, scores, late):
-    (row,) = add(tmp_path / "results", write_run(tmp_path / "run", scores))
-    assert float(row["score_late_mean"]) == late and float(row["score_last"]) == scores[-1]
+def test_late_mean_is_of_the_last_tenth_and_at_least_two():
+    cases = {(7,): 7, (1, 5): 3, (*[0] * 18, 10, 20): 15, (*[0] * 37, 1, 2, 3, 6): 3, (*[99] * 28, 3, 6): 36}
+    assert {scores: report.late_mean(scores) for scores in cases} == cases
 
 
-def test_late_mean_agrees_with_a_run_of_common(tmp_path):
-    """finished.json and summary.csv must name the same numbers."""
-    for count in (1, 2, 5, 14, 15, 20, 25, 35, 41):
-        run = write_run(tmp_path / str(count), [1.37 * i % 11 for i in range(count)])
-        fake = SimpleNamespace(path=run, _checkpoints=list, wall_s=lambda: 1.0, bar=SimpleNamespace(close=list))
-        common.Run._finish(fake, 100 * count, {})
-        finished = json.loads((run / "finished.json").read_text())
-        (row,) = add(tmp_path / f"results{count}", run)
-        assert float(row["score_last"]) == finished["score_last"]
-        assert float(row["score_late_mean"]) == finished["score_late_mean"]
-
-
-def test_success_and_collected_steps(tmp_path):
-    run = write_run(tmp_path / "run", success=(0.0, 1.0, 0.5, 0.9), finished={"env_steps": 5000, "episodes": 10})
-    (row,) = add(tmp_path / "results", run)
-    assert (row["success_last"], row["success_late_mean"]) == ("0.9", "0.7")
-    assert (row["env_steps"], row["episodes"]) == ("5000", "10")
-
-
-def test_paths_of_curves(tmp_path):
-    runs = [
-        write_run(tmp_path / "a", quick=True),
-        write_run(tmp_path / "b", source="vd4rl"),
-        write_run(tmp_path / "c", tag="noaug", seed=3),
-        write_run(tmp_path / "d", quick=True, source="vd4rl", tag="x"),
-    ]
-    assert len(add(tmp_path / "results", *runs)) == 4
-    found = (path for path in files(tmp_path / "results") if not path.startswith(("configs/", "metrics/")))
-    assert {path.removeprefix("curves/") for path in found} == {
-        "summary.csv",
-        "quick/drq_bc/walker-walk/medium-84px/seed0.csv",
-        "drq_bc/walker-walk/medium-84px-vd4rl/seed0.csv",
-        "drq_bc/walker-walk/medium-84px/noaug-seed3.csv",
-        "quick/drq_bc/walker-walk/medium-84px-vd4rl/x-seed0.csv",
-    }
-
-
-def test_again_replaces_and_rows_stay_sorted(tmp_path):
-    results = tmp_path / "results"
-    add(results, *(write_run(tmp_path / f"s{seed}", seed=seed) for seed in (10, 2, 0)))
-    add(results, write_run(tmp_path / "cheetah", task="cheetah-run"))
-    before = files(results)
-    assert [(row["task"], row["seed"]) for row in read(results)] == [
-        ("cheetah-run", "0"), ("walker-walk", "0"), ("walker-walk", "2"), ("walker-walk", "10")
+def test_rows_are_replaced_and_sorted_and_their_folders_are_those_of_runs(tmp_path):
+    flags = [{"seed": seed} for seed in (10, 2, 0)] + [{"task": "cheetah-run", "quick": True, "source": "vd4rl"}]
+    runs = [write_run(tmp_path / str(i), **one) for i, one in enumerate([*flags, {"tag": "x"}])]
+    rows, before = add(tmp_path, *runs), files(tmp_path / "results")
+    assert [(row["task"], row["tag"], row["seed"]) for row in rows] == [
+        ("cheetah-run", "", "0"), *(("walker-walk", "", seed) for seed in ("0", "2", "10")), ("walker-walk", "x", "0")
     ]  # fmt: skip
-    add(results, tmp_path / "s2")
-    assert files(results) == before  # the same run twice changes nothing
-    again = write_run(tmp_path / "again", scores=(1.0, 2.0, 3.0), seed=2)
-    rows = add(results, again)
-    assert [row["score_last"] for row in rows] == ["30.0", "30.0", "3.0", "30.0"]
-    curve = results / "curves/drq_bc/walker-walk/medium-84px/seed2.csv"
-    assert curve.read_bytes() == (again / "eval.csv").read_bytes()
+    names = [f"drq_bc/walker-walk/medium-84px/{name}.csv" for name in ("seed0", "seed10", "seed2", "x-seed0")]
+    curves = [name.removeprefix("curves/") for name in sorted(before) if name.startswith("curves")]
+    assert curves == [*names, "quick/drq_bc/cheetah-run/medium-84px-vd4rl/seed0.csv"]
+    add(tmp_path, runs[1])
+    assert files(tmp_path / "results") == before  # the same run twice changes nothing
+    rows = add(tmp_path, write_run(tmp_path / "again", scores=(1.0, 2.0, 3.0), seed=2))
+    assert [row["score_last"] for row in rows] == ["30.0", "30.0", "3.0", "30.0", "30.0"]
 
 
-def break_json(run):
-    (run / "config.json").write_text("{")
-
-
-def drop_key(run):
-    config = json.loads((run / "config.json").read_text())
-    del config["dataset"]["hash"]
-    (run / "config.json").write_text(json.dumps(config))
-
-
-def edit_eval(old: str, new: str):
-    return lambda run: (run / "eval.csv").write_text((run / "eval.csv").read_text().replace(old, new))
-
-
-def add_column(name: str, value: str):
-    def damage(run):
-        header, *lines = (run / "eval.csv").read_text().splitlines()
-        (run / "eval.csv").write_text("\n".join([f"{header},{name}", *(f"{line},{value}" for line in lines)]) + "\n")
-
-    return damage
+def edit(name: str, old: str, new: str):
+    return lambda run: (run / name).write_text((run / name).read_text().replace(old, new))
 
 
 BROKEN = {
     "no folder": (lambda run: [file.unlink() for file in run.iterdir()], "no config.json"),
     "unfinished": (lambda run: (run / "finished.json").unlink(), "not finished"),
     "without evaluations": (lambda run: (run / "eval.csv").unlink(), "never evaluated"),
-    "empty evaluations": (lambda run: (run / "eval.csv").write_text("step,wall_s,score\n"), "empty"),
-    "broken json": (break_json, "malformed"),
-    "a list": (lambda run: (run / "config.json").write_text("[]"), "malformed"),
-    "missing key": (drop_key, "'hash' is missing"),
-    "no score": (edit_eval("score", "other"), "'score' is missing"),
-    "text for a number": (edit_eval("80.0", "eighty"), "eighty"),
-    "not finite": (edit_eval(",80.0,", ",nan,"), "not finite"),
-    "short row": (edit_eval(",199.0,201.0", ""), "as long as its header"),
-    "last evaluation lost": (edit_eval("400,40.0,30.0,299.0,301.0\n", ""), "end with the run's last, 400"),
-    "rows out of order": (edit_eval("\n200,", "\n50,"), "steps must rise"),
-    "no number of steps": (edit_eval("step,", "env_steps,step,"), "as long as its header"),
-    "steps that are no number": (add_column("env_steps", "4000.0"), "4000.0"),
+    "empty evaluations": (lambda run: (run / "eval.csv").write_text("step,wall_s,score\n"), "last step, 400"),
+    "broken json": (edit("config.json", "{", "["), "malformed"),
+    "missing key": (edit("config.json", '"hash"', '"cash"'), "'hash' is missing"),
+    "no score": (edit("eval.csv", "score", "other"), "'score' is missing"),
+    "text for a number": (edit("eval.csv", "80.0", "eighty"), "eighty"),
+    "not finite": (edit("eval.csv", "80.0", "nan"), "not finite"),
+    "short row": (edit("eval.csv", "80.0,80.0", "80.0"), "as long as its header"),
+    "last evaluation lost": (edit("eval.csv", "400,30.0,30.0\n", ""), "last step, 400"),
+    "steps that are no number": (edit("eval.csv", "wall_s", "env_steps"), "'30.0'"),
     "binary": (lambda run: (run / "eval.csv").write_bytes(b"\xff\xfe\x00"), "malformed"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_run_is_one_line_and_nothing_is_written(tmp_path, name):
+def test_a_broken_run_is_one_line_and_nothing_is_written(tmp_path, name):
     damage, message = BROKEN[name]
-    results, good, bad = tmp_path / "results", write_run(tmp_path / "good", seed=1), write_run(tmp_path / "bad")
+    good, bad = write_run(tmp_path / "good", seed=1), write_run(tmp_path / "bad")
     damage(bad)
     with pytest.raises(UserError, match=message) as error:
-        add(results, good, bad)
+        add(tmp_path, good, bad)
     assert str(bad) in str(error.value) and "\n" not in str(error.value)
-    assert not results.exists()
-    add(results, good)
-    before = files(results)
-    with pytest.raises(UserError):
-        add(results, bad)
-    assert files(results) == before
+    assert not (tmp_path / "results").exists()
+    with pytest.raises(UserError, match="these are logs"):  # benchmark.sh's, which a shell's seed* finds, too
+        add(tmp_path, tmp_path / "seed0.log")
+    assert len(add(tmp_path, good, tmp_path / "seed0.log")) == 1
 
 
 @pytest.mark.parametrize("text", ["algo,task\nbc,walker-walk\n", ",".join(report.COLUMNS) + "\nbc,walker-walk\n", ""])
-def test_foreign_summary_is_kept(tmp_path, text):
-    results = tmp_path / "results"
-    results.mkdir()
-    (results / "summary.csv").write_text(text)
+def test_a_foreign_summary_is_kept(tmp_path, text):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "summary.csv").write_text(text)
     run = write_run(tmp_path / "run")
     for _ in range(2):  # the first attempt leaves no lock that the second would wait for
-        with pytest.raises(UserError, match="columns"):
-            add(results, run)
-    assert files(results) == {"summary.csv": text.encode()}
+        with pytest.raises(UserError, match="summary.csv: its columns are not"):
+            add(tmp_path, run)
+    assert files(tmp_path / "results") == {"summary.csv": text.encode()}
 
 
-def run_script(*words) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, cwd=ROOT)
+# ---- what is averaged, and how ----
 
 
-def test_command_line(tmp_path):
-    runs = [write_run(tmp_path / f"s{seed}", seed=seed) for seed in range(2)]
-    log = tmp_path / "s0.log"  # benchmark.sh leaves them beside the folders, where a shell's s* finds them
-    done = run_script("report.py", "--add", *runs, log, "--results-dir", tmp_path / "results")
-    assert done.returncode == 0 and done.stdout.count("added") == 2, done.stderr
-    (runs[0] / "finished.json").unlink()
-    failed = run_script("report.py", "--add", runs[0], "--results-dir", tmp_path / "results")
-    assert failed.returncode == 1 and failed.stderr.startswith(f"error: {runs[0]}") and failed.stderr.count("\n") == 1
-    assert len(read(tmp_path / "results")) == 2
-    failed = run_script("report.py", "--add", log, "--results-dir", tmp_path / "results")
-    assert failed.returncode == 1 and failed.stderr == "error: --add: these are logs; name run folders\n"
+def test_intervals():
+    """Student: t(0.975, 2) = 4.3027, deviation 2. Welch: variances 4 / 3 and 16 / 3 of the means, 2.94 degrees of
+    freedom, t = 3.22. Of two pairs the variances add up to 40 / 3, a quarter of it is the mean's; twice the degrees of
+    freedom, 5.88: t = 2.459."""
+    a, b = [10.0, 12.0, 14.0], [20.0, 24.0, 28.0]
+    pairs = [(a, b), ([v + 50 for v in a], [v + 54 for v in b])]
+    for found, mean, half in ((report.interval(a), 12.0, 4.3027 * 2 / math.sqrt(3)),
+                              (report.difference(pairs[:1]), 12.0, 3.22 * math.sqrt(20 / 3)),
+                              (report.difference(pairs), 14.0, 2.459 * math.sqrt(10 / 3))):  # fmt: skip
+        assert found == (mean, pytest.approx(mean - half, abs=0.02), pytest.approx(mean + half, abs=0.02))
+    assert report.interval([7.0]) == (7.0, None, None) and report.difference([([1.0], [2.0, 3.0])])[1] is None
+    assert report.difference([([1.0, 1.0], [2.0, 2.0])]) == (1.0, 1.0, 1.0)
 
 
-def test_throughput_rehearsal(tmp_path):
-    before = files(ROOT / "benchmarks")
-    words = ["--quick", "--only", "buffer", "--device", "cpu", "--repeats", 2, "--json", tmp_path / "table.json"]
-    done = run_script("-B", "benchmarks/throughput.py", *words)
-    assert done.returncode == 0, done.stderr
-    table = json.loads((tmp_path / "table.json").read_text())
-    (row,) = table["rows"]
-    assert row["unit"] == "ms/batch" and 0 < row["value"] < 10_000 and row["ratio"] is None
-    assert row["per_second"] == pytest.approx(1e3 / row["value"])
-    assert table["calibration_s"] > 0 and table["quick"] and table["versions"]["torch"] in done.stdout
-    for text in ("REHEARSAL", "calibration:", "Zen 5", "torch threads"):
-        assert text in done.stdout
-    assert files(ROOT / "benchmarks") == before
+def test_iqm_is_of_the_middle_half_and_its_bootstrap_is_stratified_by_row():
+    """By hand: a resample takes two of each row; sorted, the middle two of the four values average to 4 with
+    probability 3 / 16, which is more than 2.5 %, to 6 with 10 / 16, to 8 with 3 / 16. Not stratified, 0 would occur."""
+    assert report.iqm(np.array([[0.0, 4.0], [8.0, 12.0]])) == (6.0, 4.0, 8.0)
+    assert report.iqm(np.array([[0.0, 100, 10, 20]]))[0] == 15.0
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Runs of many kinds: what each test below takes from them stands there."""
+    folder = tmp_path_factory.mktemp("world")
+    for task, base in (("walker-walk", 10), ("cheetah-run", 20)):
+        write_seeds(folder, [base, base + 2, base + 4], task=task)
+        lompo = {"algo": "lompo", "task": task, "dataset": "medium-64px", "data_hash": "f" * 16}  # the set at 64 px
+        write_seeds(folder, [base + 10, base + 14, base + 18], **lompo)
+    write_seeds(folder, [90, 90, 90], extra=(1.0,), **lompo)  # of another length
+    write_seeds(folder, [10, 10, 10], task="humanoid-walk")
+    write_seeds(folder, [90, 90, 90, 90], algo="lompo", task="humanoid-walk", extra=(1.0,))
+    write_seeds(folder, [99, 99, 99], algo="my_idea")  # one row alone
+    smaller = {"dataset": "medium-84px-20000"}
+    others = [{"tag": "x"}, {"source": "vd4rl"}, smaller, {"quick": True}, smaller | {"data_hash": "e"},
+              {"algo": "bc", "tag": "wide"}]  # fmt: skip
+    for score, other in zip((90, 30, 40, 50, 60, 8), others):
+        write_seeds(folder, [score], **other)
+    write_seeds(folder, [150, 120, 130], task="metaworld-drawer-open", dataset="demos-64px")
+    write_seeds(folder, [-20, -90, 30], task="adroit-pen", dataset="mine", command="algos/drq_bc.py --lr 0.1")
+    return folder
+
+
+def test_seeds_alone_are_averaged(world):
+    rows = {(group.row["task"], group.name, group.table["score_last"]): group.table for group in groups_of(world)}
+    assert len(rows) == 16
+    row, half = rows["walker-walk", "drq_bc", 12.0], 4.3027 * 2 / math.sqrt(3)
+    assert row["score_last_low"] == pytest.approx(12 - half, abs=0.01)
+    assert (row["score_late_mean"], row["paper_mean"], row["paper_std"]) == (11.0, 46.8, 2.3)
+    notes = {("drq_bc", 12.0): "", ("drq_bc", 50.0): "quick, 1 seed, ", ("bc:wide", 8.0): "1 seed, "}
+    for (name, score), note in notes.items():
+        assert rows["walker-walk", name, score]["notes"] == note + "uncommitted code"  # write_run says abc-dirty
+    assert rows["walker-walk", "drq_bc", 40.0]["paper_mean"] is None  # a smaller set is not the paper's
+
+
+def test_a_run_in_both_places_is_one_and_own_rows_come_first(tmp_path):
+    add(tmp_path, *write_seeds(tmp_path, [90], quick=True, extra=(1.0,)), *write_seeds(tmp_path, [50], algo="bc"))
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    write_seeds(tmp_path, [20], algo="my_idea", quick=True)
+    found = [(group.name, group.own) for group in groups_of(tmp_path)]
+    assert found == [("my_idea", True), ("bc", False), ("drq_bc", False)]
+    write_seeds(tmp_path, [90], quick=True, extra=(1.0,))  # the same run again
+    write_seeds(tmp_path, [3], quick=True)  # a shorter one of that seed
+    found = [(group.own, group.steps, len(group.runs)) for group in groups_of(tmp_path) if group.name == "drq_bc"]
+    assert found == [(True, 300, 1), (True, 400, 1)]
+
+
+def test_aggregates_are_over_shared_full_rows_of_the_longest_runs(world, tmp_path):
+    shared, methods = report.aggregate(groups_of(world))
+    assert shared == ["walker-walk medium made", "cheetah-run medium made", "humanoid-walk medium made"]
+    assert [(method["name"], method["iqm"]) for method in methods] == [  # of nine values the five in the middle
+        ("drq_bc", (10 + 10 + 12 + 14 + 20) / 5), ("lompo", (28 + 4 * 90) / 5)]  # fmt: skip
+    assert all(method["low"] <= method["iqm"] <= method["high"] for method in methods)
+    runs = write_seeds(tmp_path, [10, 20, 30])
+    assert len(report.aggregate(groups_of(tmp_path))[0]) == 1
+    for old, new in (('"accelerate"', '"lr": 0.1, "accelerate"'), ("drq_bc.py", "drq_bc.py --lr 0.1")):
+        edit("config.json", old, new)(runs[2])
+        groups = groups_of(tmp_path)
+        assert "mixed flags" in groups[0].table["notes"] and report.aggregate(groups) == ([], [])
+        edit("config.json", new, old)(runs[2])
+
+
+def test_compare(world, capsys):
+    def lines(*names):
+        call(world, compare=names)
+        return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+    found = lines("drq_bc", "lompo")
+    assert found[2] == "walker-walk medium made 300 steps 12.0 (3) 24.0 (3) +12.0 [+3.7, +20.3]"
+    assert found[3].startswith("cheetah-run medium made 300 steps 22.0 (3) 34.0 (3) +12.0")
+    assert found[4].startswith("humanoid-walk medium made 300 and 400 steps 10.0 (3) 90.0 (4)")
+    assert found[5] == "mean of the 2 full rows of 3 or more seeds and equal length +12.0 [+7.5, +16.5]"
+    for name in ("bc:wide", "bc"):  # the only tag there is need not be named
+        assert lines("drq_bc:x", name)[2] == "walker-walk medium made 300 steps 90.0 (1) 8.0 (1) -82.0"
+    assert lines("drq_bc:x", "my_idea")[2] == "walker-walk medium made 300 steps 90.0 (1) 99.0 (3) +9.0"
+    for names, message in (
+        (("bc",), "two variants"),
+        (("bc", "no"), "there are bc:wide, drq_bc, drq_bc:x, lompo, my_idea"),
+    ):
+        with pytest.raises(UserError, match=message):
+            lines(*names)
+
+
+def test_docs_are_filled_from_results_alone(tmp_path):
+    runs = write_seeds(tmp_path, [50], algo="bc", tag="x") + write_seeds(tmp_path, [6], algo="bc", dataset="mine")
+    add(tmp_path, *write_seeds(tmp_path, [10, 12, 14])[:2], *runs)
+    marks = {"results algo=drq_bc quick=False": 1, "results algo=cql": 0, "results tag=": 2, "speed part=none": 0,
+             "results algo=bc,drq_bc rows=2": 2, "results dataset=med*,expert* seeds=1": 1}  # fmt: skip
+    page = tmp_path / "page.md"
+    page.write_text("above\n" + "".join(f"<!-- {mark} -->\nold\n<!-- end -->\n" for mark in marks) + "below\n")
+    for _ in range(2):  # filling again changes nothing
+        text = report.fill_docs(tmp_path / "results", [page])[page]
+        page.write_text(text)
+    assert "old" not in text and text.startswith("above\n<!--") and text.endswith("<!-- end -->\nbelow\n")
+    assert "| 2, uncommitted code | made, 44.1 | 11.0 [-1.7, 23.7] | 10.0 [-2.7, 22.7] | 46.8 ± 2.3 | 0 min" in text
+    assert "<!-- results algo=cql -->\nNothing has been measured yet.\n<!-- end -->" in text
+    assert [block.count("| 300 | ") for block in text.split("<!-- end -->")[:-1]] == list(marks.values())
+    page.write_text("<!-- results algoo=bc -->\n<!-- end -->")
+    with pytest.raises(UserError, match="algoo"):
+        report.fill_docs(tmp_path / "results", [page])
+
+
+def test_speed_tables_come_from_what_throughput_wrote(tmp_path):
+    cases = {"| cql | 0.65 s | 4.53 s (7.0x) | 18.1 h |": ("update", "cql, eager", 0.65, "s/update", 1.5, 4.53, 6.97),
+             "| idea, graph | 0.036 s |  | 1.0 h |": ("update", "idea, graph", 0.036, "s/update", 28, None, None),
+             "| lompo rollouts | 0.5 s |  |  |": ("world", "lompo rollouts, eager", 0.5, "s", 2.0, None, None),
+             "| rows | 1.61 ms | 5.4 ms (3.4x) | 620 |": ("buffer", "rows", 1.612, "ms/batch", 620.3, 5.4, 3.35),
+             "| Dataset | 0.004 s | 3 s (750x) |  |": ("open", "Dataset", 0.004, "s", None, 3.0, 750.0)}  # fmt: skip
+    names = "part", "what", "value", "unit", "per_second", "other", "ratio"
+    facts = {"hardware": "X", "calibration_s": 0.339, "rows": [dict(zip(names, row)) for row in cases.values()]}
+    (tmp_path / "throughput-rehearsed.json").write_text(json.dumps(facts | {"quick": True}))
+    (tmp_path / "throughput-x.json").write_text(json.dumps(facts | {"quick": False}))
+    for part in ("update", "world", "buffer", "open"):
+        head, _, *lines = report.speed(tmp_path, part).splitlines()
+        assert head.startswith("| X, calibration 339 ms |")
+        assert lines == [line for line, row in cases.items() if row[0] == part]
+    assert len(report.speed(tmp_path, "update", about="cql").splitlines()) == 3
+    (tmp_path / "throughput-y.json").write_text('{"quick": false}')
+    with pytest.raises(UserError, match="throughput-y.json is not what throughput.py --json writes"):
+        report.speed(tmp_path, "update")
+
+
+def test_the_repositorys_pages_are_filled():
+    """python report.py --docs has been run since results/ changed."""
+    assert report.fill_docs(ROOT / "results", report.PAGES) == {page: page.read_text() for page in report.PAGES}
+
+
+def test_a_colour_belongs_to_an_algorithm_for_ever(world):
+    groups = groups_of(world)
+    looks = figures.looks(groups)
+    assert len(set(looks.values())) == 5 and looks["lompo"] == ("#b8860b", "") and looks["my_idea"][1] == ""
+    assert looks["drq_bc"][0] == looks["drq_bc:x"][0] and looks["bc:wide"] == (figures.color_of("bc"), "9 4")
+    some = figures.looks([group for group in groups if group.name in ("my_idea", "drq_bc:x")])
+    assert some.items() < looks.items()
+
+
+def test_the_figure_of_scores(world):
+    """A line per data; nothing else shares it but the algorithms, each with its longest runs; no interval is cut."""
+    (axis,) = report.plot_scores(groups_of(world)).axes
+    labels = [label.get_text().split("\n")[1] for label in axis.get_yticklabels()]
+    assert labels == ["medium, made", "medium, vd4rl", *["medium-84px-20000, made"] * 2, *["medium, made"] * 2,
+                      "mine, made", "demos-64px, made", "medium, made, quick"]  # fmt: skip
+    points = [line for line in axis.lines if line.get_marker() == "o" and len(line.get_xdata())]
+    shown = {(round(p.get_ydata()[0]), p.get_xdata()[0], p.get_fillstyle()) for p in points}
+    assert {(0, 12, "full"), (0, 24, "full"), (1, 30, "none"), (4, 90, "full"), (6, -26.67, "full")} < shown
+    ends = [x for line in axis.lines for x in line.get_xdata()]
+    assert min(ends) < -150 and axis.get_xlim()[0] < min(ends) and axis.get_xlim()[1] > max(ends)
+
+
+def test_the_figure_of_curves(world):
+    groups = [group for group in groups_of(world) if group.place[:3] == ("cheetah-run", "medium", "made")]
+    (axis,) = report.plot_curves(groups, figures.looks(groups)).axes
+    means = {line.get_label(): list(line.get_ydata()) for line in axis.lines if line.get_linewidth() >= 2}
+    assert means["the data's mean"] == [44.12, 44.12] and means["drq_bc, 300 updates (3)"] == [5, 20, 22]
+    assert len(means) == 4 and means["lompo, 400 updates (3)"] == [5, 1, 88, 90]
+    low = [group for group in groups_of(world) if group.row["task"] == "adroit-pen"]
+    (axis,) = report.plot_curves(low, figures.looks(low)).axes
+    assert axis.get_ylim()[0] < -90 and axis.get_ylim()[1] > 441

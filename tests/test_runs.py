@@ -1,900 +1,666 @@
-"""Whole runs through the command line: killed, stopped, continued, refused. Most train a small network on 21 px frames.
+"""Runs of all six algorithm files: what they leave, killed, continued, refused, evaluated.
 
-A run that is meant to be real is a process of its own; what only needs main() runs in this one, which saves imports."""
+Most run in this process (conftest.run_main), with networks of a few units and an environment of four steps."""
 
-import contextlib
 import csv
 import errno
+import importlib
+import itertools
 import json
-import math
 import os
-import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-import bc
-import cql
-import drq_bc
+import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, run_main, run_python, synthetic_episode, write_set
+from conftest import ENVIRONMENT, ROOT, FourSteps, FourStepsPool, run_main, run_python, write_set
 
 import common
-from common import UserError
 
-ALGOS = {"bc": bc, "drq_bc": drq_bc, "cql": cql}
-EACH = pytest.mark.parametrize("algo", ALGOS)
-EVERY_STEP = ["--device", "cpu", "--log-every", 1]
-SMALL = ["--hidden-dim", 16, "--feature-dim", 8, "--batch-size", 4, "--eval-every", 0, *EVERY_STEP]
-TINY = ["--task", "walker-walk", "--dataset", "random", "--transitions", 1000, "--batch-size", 8, *EVERY_STEP]
-CHILD = {name: value for name, value in ENVIRONMENT.items() if name not in ("PYTHONPATH", "CLEANPIXELS_DATA")}
+# Twelve updates each; of moto's 16, 5 are of the model alone, 3 offline, and 4 follow each of two episodes.
+FREE = "--feature-dim 4 --hidden-dim 8 --batch-size 4 --steps 12"
+WORLD = "--cnn-depth 1 --stoch 3 --deter 4 --hidden 4 --units 4 --ensemble 2 --batch-size 2 --window 5 --horizon 2"
+FLAGS = {"bc": FREE, "drq_bc": FREE, "cql": FREE} | {
+    "offline_dv2": f"{WORLD} --classes 3 --target-every 3 --model-steps 6 --agent-steps 6",
+    "lompo": f"{WORLD} --agent-batch-size 4 --rollout-every 2 --model-steps 6 --agent-steps 6",
+    "moto": f"{WORLD} --classes 3 --target-every 3 --bc-quantile 0.2 --model-first 5 --offline-steps 8"
+    " --online-episodes 2 --updates-per-episode 4",
+}
+COMMON = "--eval-every 4 --eval-episodes 2 --log-every 1 --device cpu --precision fp32"
+MODULES = {algo: importlib.import_module(algo) for algo in FLAGS}
+PARTS = {algo: ["train"] if flags is FREE else ["model", "agent"] for algo, flags in FLAGS.items()}  # its metrics
+PARTS["moto"] = ["model", "offline", "online"]
+EACH = pytest.mark.parametrize("algo", FLAGS)
+ALONE = {name: value for name, value in ENVIRONMENT.items() if name not in ("PYTHONPATH", "CLEANPIXELS_DATA")}
 
 
 @pytest.fixture(scope="session")
-def own_set(tmp_path_factory) -> Path:
-    return write_set(tmp_path_factory.mktemp("own") / "robot", lengths=(30, 25), size=21)
+def sets(tmp_path_factory) -> dict[str, Path]:
+    """One set for the model-free files and one for the world models, of the size their decoders give."""
+    folder = tmp_path_factory.mktemp("sets")
+    small = write_set(folder / "set", lengths=(30, 25), size=21, task="walker-walk")
+    large = write_set(folder / "large" / "set", lengths=(12, 9), size=64, task="walker-walk")
+    return {algo: small if flags is FREE else large for algo, flags in FLAGS.items()}
+
+
+def words_of(algo: str, sets: dict, runs: Path, *flags) -> list[str]:
+    words = ["--dataset", sets[algo], "--runs-dir", runs, *FLAGS[algo].split(), *COMMON.split(), *flags]
+    return [str(word) for word in words]
 
 
 @pytest.fixture
-def train(own_set, tmp_path):
-    """train(algo, *flags) is `python algos/<algo>.py --dataset <own_set> --runs-dir <tmp>/runs <SMALL> <flags>`, here:
-    see run_main."""
+def train(sets, tmp_path):
+    """train(algo, *flags) is `python algos/<algo>.py <its flags above> <flags>` in this process, see run_main."""
 
-    def call(algo, *flags, crash=None, update=None):
-        words = ["--dataset", own_set, "--runs-dir", tmp_path / "runs", *SMALL, *flags]
-        return run_main(ALGOS[algo], words, crash=crash, update=update)
+    def call(algo, *flags, **kwargs):
+        return run_main(MODULES[algo], words_of(algo, sets, tmp_path / "runs", *flags), pool=FourStepsPool, **kwargs)
 
-    call.folder = lambda algo, name="seed0": tmp_path / "runs" / algo / "own" / "robot" / name
+    call.folder = lambda algo, name="seed0": tmp_path / "runs" / algo / "walker-walk" / "set" / name
     return call
 
 
-def column(path: Path, name: str) -> list[str]:
-    with open(path, newline="") as file:
-        return [row[name] for row in csv.DictReader(file)]
+@pytest.fixture(scope="session")
+def whole(sets, tmp_path_factory):
+    """whole(algo): the folder of a run that nothing interrupted."""
+    runs = tmp_path_factory.mktemp("whole")
+
+    def folder(algo: str) -> Path:
+        path = runs / algo / "walker-walk" / "set" / "seed0"
+        if not path.exists():
+            assert run_main(MODULES[algo], words_of(algo, sets, runs), pool=FourStepsPool) is None
+        return path
+
+    return folder
+
+
+def metrics_of(run: Path) -> dict[str, list[dict]]:
+    """The rows of every CSV as text, without the time they took."""
+    found = {}
+    for file in run.glob("*.csv"):
+        with open(file, newline="") as lines:
+            found[file.name] = [{key: row[key] for key in row if key != "wall_s"} for row in csv.DictReader(lines)]
+    return found
+
+
+def read_config(run: Path) -> dict:
+    return common.read(run / "config.json")
 
 
 def steps_of(run: Path, part: str = "train") -> list[int]:
-    return [int(step) for step in column(run / f"{part}.csv", "step")]
+    return [int(row["step"]) for row in metrics_of(run)[f"{part}.csv"]]
 
 
-def metrics_of(run: Path) -> list[dict]:
-    """The rows of train.csv as text, without the time they took."""
-    with open(run / "train.csv", newline="") as file:
-        return [{name: value for name, value in row.items() if name != "wall_s"} for row in csv.DictReader(file)]
-
-
-def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    weights = torch.load(run / "weights.pt", weights_only=True)
-    return {name: value for name, value in weights.items() if name != "_extra_state"}
+def checkpoint_of(run: Path) -> int:
+    """The step of its checkpoint."""
+    return torch.load(run / "checkpoint.pt", weights_only=True)["step"]  # refuses anything but data
 
 
 def equal_weights(one: Path, two: Path) -> bool:
-    ours, theirs = weights_of(one), weights_of(two)
-    assert ours.keys() == theirs.keys()
-    assert len(ours) > 10
+    ours, theirs = (torch.load(run / "weights.pt", weights_only=True) for run in (one, two))
+    ours.pop("_extra_state"), theirs.pop("_extra_state")
+    assert ours.keys() == theirs.keys() and len(ours) > 10
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def checkpoints(run: Path) -> list[str]:
-    return sorted(path.name for path in run.glob("checkpoint*"))
+def assert_same_run(one: Path, two: Path) -> None:
+    assert metrics_of(one) == metrics_of(two)
+    assert equal_weights(one, two)
+    files = [{path.name for path in run.iterdir()} for run in (one, two)]
+    assert files[0] == files[1]
 
 
-def assert_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
-    """It failed with a single line on stderr that holds the words."""
-    assert result.returncode == 1, result.stdout + result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    for word in words:
-        assert word in lines[0]
+def line_of(error, capsys) -> str:
+    """The one line with which an error ends a process."""
+    capsys.readouterr()
+    common.one_line_errors(type(error), error, None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
 
 
-# ---- from the command line, with rendered data and evaluations ----
+# ---- as processes ----
 
 
-@pytest.fixture(scope="module")
-def evaluated(tiny_set, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """DrQ+BC as published but for 6 steps and 3 evaluations, started from another working directory."""
-    runs, elsewhere = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("elsewhere")
-    flags = ["--steps", 6, "--eval-every", 2, "--eval-episodes", 2, "--runs-dir", runs]
-    script = ROOT / "algos" / "drq_bc.py"
-    result = run_python(script, *TINY, *flags, "--data-dir", tiny_set.parents[2], cwd=elsewhere, env=CHILD)
+@EACH
+def test_two_files_in_a_folder_are_enough(algo, sets, tmp_path):
+    """Under another name. BC is evaluated in a real environment; the others find no simulator installed."""
+    shutil.copy(ROOT / "algos" / f"{algo}.py", tmp_path / "my_idea.py")
+    shutil.copy(ROOT / "common.py", tmp_path)
+    words = words_of(algo, sets, tmp_path / "runs", "--eval-every", 0)
+    words += ["--online-episodes", 0] if algo == "moto" else []
+    if algo == "bc":
+        words += ["--dataset", write_set(tmp_path / "set", (20, 20), 24, action_dim=6, task="walker-walk")]
+        words += ["--eval-every", 12, "--eval-episodes", 1]
+    for name in ("mujoco", "dm_control") if algo != "bc" else ():
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not installed')")
+    result = run_python("my_idea.py", *words, cwd=tmp_path, env=ALONE)
     assert result.returncode == 0, result.stderr
-    assert list(elsewhere.iterdir()) == []
-    return runs / "drq_bc" / "walker-walk" / "random-84px-1000" / "seed0", result
+    run = tmp_path / "runs" / "my_idea" / "walker-walk" / "set" / "seed0"
+    assert f"in {run}" in result.stdout and (run / "my_idea.py").exists()
+    assert read_config(run)["commit"] == ""  # there is no repository
+    if algo == "bc":
+        (row,) = metrics_of(run)["eval.csv"]
+        assert row["step"] == "12" and 0 < float(row["score"]) == float(row["return_0"]) / 10 < 100
 
 
-def test_a_run_leaves_its_files(evaluated):
-    run, result = evaluated
-    names = {"config.json", "drq_bc.py", "common.py", "finished.json", "weights.pt", "tensorboard", "evaluation.mp4"}
-    assert {path.name for path in run.iterdir()} == names | {"train.csv", "eval.csv", ".lock"}
-    assert steps_of(run) == [1, 2, 3, 4, 5, 6]
-    assert steps_of(run, "eval") == [2, 4, 6]
-    scores = [float(score) for score in column(run / "eval.csv", "score")]
-    returns = np.array([[float(x) for x in column(run / "eval.csv", f"return_{i}")] for i in range(2)])
-    np.testing.assert_allclose(scores, returns.mean(0) / 10)
-    assert all(0 < score < 20 for score in scores)
-    finished = json.loads((run / "finished.json").read_text())
-    assert finished["steps"] == 6
-    assert finished["score_last"] == round(scores[-1], 2)
-    assert finished["score_late_mean"] == round((scores[-2] + scores[-1]) / 2, 2)  # the last two, of three
-    assert list((run / "tensorboard").iterdir())
-    assert "finished: " in result.stdout
-    assert (run / "drq_bc.py").read_text() == (ROOT / "algos" / "drq_bc.py").read_text()
-    count = sum(value.numel() for value in weights_of(run).values())
-    assert count == 30_368 + 3_068_124 + 2 * 4_178_136
+def test_a_mistake_ends_the_process_with_one_line_and_status_1(tmp_path):
+    result = run_python(ROOT / "algos" / "bc.py", "--dataset", "expret", cwd=tmp_path, env=ALONE)
+    assert result.returncode == 1 and result.stdout == ""
+    assert re.fullmatch(r"error: --dataset expret: neither one of .*expert.* nor a folder\n", result.stderr)
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_config_says_what_ran(evaluated, tiny_set):
-    run, _ = evaluated
-    config = json.loads((run / "config.json").read_text())
-    assert config["algo"] == "drq_bc"
-    assert config["args"]["batch_size"] == 8
-    assert config["args"]["bc_alpha"] == 2.5  # flags that were not typed, too
-    assert config["args"]["precision"] in ("fp32", "bf16")  # auto is resolved
-    assert config["args"].keys() == vars(drq_bc.Args()).keys()
+CHILD = "import conftest, test_runs, sys; conftest.run_main(test_runs.MODULES[sys.argv[1]], sys.argv[2:], pool=conftest"
+
+
+LONGER = {"drq_bc": "--steps 80", "lompo": "--agent-steps 80", "moto": "--online-episodes 20"}
+
+
+@pytest.mark.parametrize("algo", LONGER)
+def test_kill_9(algo, sets, tmp_path, train):
+    """A process is killed while it trains; what this one continues ends with the same bits."""
+    flags, run = f"{LONGER[algo]} --eval-every 8".split(), tmp_path / "killed" / algo / "walker-walk" / "set" / "seed0"
+    words = words_of(algo, sets, tmp_path / "killed", *flags)
+    child = ["-c", f"{CHILD}.FourStepsPool)", algo, *words]
+    env = ENVIRONMENT | {"PYTHONPATH": str(ROOT / "tests")}
+    with subprocess.Popen([sys.executable, *child], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (run / "eval.csv").exists() or len((run / "eval.csv").read_text().splitlines()) < 3:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL and not (run / "finished.json").exists()
+    assert run_main(MODULES[algo], words, pool=FourStepsPool) is None
+    assert train(algo, *flags) is None
+    assert metrics_of(run) == metrics_of(train.folder(algo)) and equal_weights(run, train.folder(algo))
+    with open(run / "eval.csv") as file:
+        wall = [float(row["wall_s"]) for row in csv.DictReader(file)]
+    assert wall == sorted(wall)  # counted over both processes
+
+
+# ---- what a run leaves ----
+
+
+@EACH
+def test_a_run_leaves_its_files(algo, whole):
+    run = whole(algo)
+    names = {"config.json", f"{algo}.py", "common.py", "finished.json", "weights.pt", "evaluation.mp4", ".lock"}
+    names |= {f"{part}.csv" for part in [*PARTS[algo], "eval"]}
+    names |= {"episodes.csv", "online", "offline.pt"} if algo == "moto" else set()
+    assert {path.name for path in run.iterdir()} == names
+    updates, steps = [step for part in PARTS[algo] for step in steps_of(run, part)], 16 if algo == "moto" else 12
+    assert updates == list(range(1, steps + 1)) and steps_of(run, "eval")[-1] == steps
+    assert json.loads((run / "finished.json").read_text()).keys() == {"steps", "wall_s"}
+    for name in (f"algos/{algo}.py", "common.py"):
+        assert (run / Path(name).name).read_bytes() == (ROOT / name).read_bytes()
+    for row in metrics_of(run)["eval.csv"]:
+        assert float(row["score"]) == pytest.approx((float(row["return_0"]) + float(row["return_1"])) / 2 / 10)
+
+
+@EACH
+def test_config_says_what_ran(algo, whole, sets):
+    config = read_config(whole(algo))
+    assert config["algo"] == algo and config["resumed"] == []
+    assert config["args"].keys() == config["typed"].keys() == vars(MODULES[algo].Args()).keys()
+    assert config["args"]["eval_episodes"] == 2 and config["args"]["seed"] == 0  # also flags that were not typed
     assert config["versions"]["torch"] == torch.__version__
-    optional = {"metaworld", "gymnasium", "gymnasium-robotics"}  # where they are installed
-    assert config["versions"].keys() - optional == {"python", "torch", "numpy", "mujoco", "dm_control"}
-    assert "cores of" in config["hardware"]
-    assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?|sha256:[0-9a-f]{12}", config["commit"])
-    assert "--eval-every 2" in config["command"]
-    dataset = config["dataset"]
-    assert dataset["hash"] == common.Dataset(tiny_set).hash
-    assert re.fullmatch(r"[0-9a-f]{16}", dataset["hash"])
-    assert (dataset["source"], dataset["set"], dataset["task"]) == ("made", "random-84px-1000", "walker-walk")
-    assert (dataset["num_transitions"], dataset["num_episodes"], dataset["action_dim"]) == (1000, 2, 6)
+    assert config["versions"].keys() - {"metaworld"} == {"python", "torch", "numpy", "mujoco", "dm_control"}
+    assert "cores of" in config["hardware"] and "--eval-every 4" in config["command"]
+    assert re.fullmatch(r"([0-9a-f]{12}(-dirty)?)?", config["commit"])
+    assert config["dataset"] == common.Dataset(sets[algo]).facts()
 
 
-def test_evaluating_never_changes_the_weights(evaluated, tiny_set, tmp_path):
-    run, _ = evaluated
-    flags = ["--steps", 6, "--eval-every", 0, "--runs-dir", tmp_path, "--data-dir", tiny_set.parents[2]]
-    result = run_python(ROOT / "algos" / "drq_bc.py", *TINY, *flags, env=CHILD)
-    assert result.returncode == 0, result.stderr
-    plain = tmp_path / "drq_bc" / "walker-walk" / "random-84px-1000" / "seed0"
-    assert not (plain / "eval.csv").exists()
-    assert equal_weights(run, plain)
-    assert metrics_of(run) == metrics_of(plain)
+def test_another_seed_gives_other_weights(train, whole):
+    assert train("bc", "--seed", 1) is None
+    assert not equal_weights(train.folder("bc", "seed1"), whole("bc"))
 
 
-def test_evaluate_scores_a_finished_run_and_writes_a_video(evaluated, tmp_path):
-    run, _ = evaluated
-    shutil.copytree(run, tmp_path / "run")
+@EACH
+def test_evaluating_never_changes_the_weights(algo, train, whole):
+    assert train(algo, "--eval-every", 0) is None
+    assert not (train.folder(algo) / "eval.csv").exists()
+    assert equal_weights(train.folder(algo), whole(algo))
+
+
+@EACH
+def test_evaluate_scores_a_finished_run_and_writes_a_video(algo, train, whole, tmp_path, capsys):
+    shutil.copytree(whole(algo), tmp_path / "run")
     (tmp_path / "run" / "evaluation.mp4").unlink()
-    flags = ["--eval-episodes", 1, "--eval-every", 0]  # the latter is for training: this command evaluates
-    result = run_python(ROOT / "algos" / "drq_bc.py", "--evaluate", "run", *flags, cwd=tmp_path, env=CHILD)
-    assert result.returncode == 0, result.stderr
-    score, returned = map(float, re.search(r"score (\S+), returns \[(\S+)\]", result.stdout).groups())
-    expected = float(column(run / "eval.csv", "return_0")[-1])  # the same weights on the same episode
-    assert returned == pytest.approx(expected, abs=0.051)
-    assert score == pytest.approx(expected / 10, abs=0.0051)
+    assert train(algo, "--evaluate", tmp_path / "run") is None
+    score = float(re.search(r"score (\S+),", capsys.readouterr().out)[1])
+    expected = metrics_of(whole(algo))["eval.csv"][-1]["score"]  # the same weights on the same episodes
+    assert score == pytest.approx(float(expected), abs=0.051)
     import imageio.v2 as imageio
 
     with imageio.get_reader(tmp_path / "run" / "evaluation.mp4") as video:
-        assert video.count_frames() == 500
-        assert video.get_data(0).shape == (336, 336, 3)
+        assert video.count_frames() in (4, 5)  # moto's also shows the last state
 
 
-@EACH
-def test_two_files_in_a_folder_are_enough(algo, tiny_set, tmp_path):
-    folder = tmp_path / "alone"
-    folder.mkdir()
-    for file in (ROOT / "algos" / f"{algo}.py", ROOT / "common.py"):
-        shutil.copy(file, folder)
-    evaluations = ["--eval-every", 2, "--eval-episodes", 1] if algo == "bc" else ["--eval-every", 0]
-    flags = [*TINY, "--steps", 2, *evaluations, "--data-dir", tiny_set.parents[2]]
-    result = run_python(f"{algo}.py", *flags, cwd=folder, env=CHILD)
-    assert result.returncode == 0, result.stderr
-    run = folder / "runs" / algo / "walker-walk" / "random-84px-1000" / "seed0"  # runs/ beside common.py
-    assert steps_of(run) == [1, 2]
-    assert (run / "evaluation.mp4").exists() == (algo == "bc")
-    config = json.loads((run / "config.json").read_text())
-    assert config["commit"].startswith("sha256:")  # there is no repository
+def test_evaluate_of_what_is_no_finished_run(train, whole, tmp_path, capsys):
+    assert "is a run of bc.py, not of cql.py" in line_of(train("cql", "--evaluate", whole("bc")), capsys)
+    train("bc", crash=6)
+    run = train.folder("bc")
+    assert "weights.pt is missing or damaged" in line_of(train("bc", "--evaluate", run), capsys)
+    (run / "weights.pt").write_bytes(b"half")
+    assert "weights.pt is missing or damaged" in line_of(train("bc", "--evaluate", run), capsys)
+    (run / "config.json").write_text('{"algo": "bc"')
+    for name in (run, tmp_path):
+        assert "config.json is missing or damaged" in line_of(train("bc", "--evaluate", name), capsys)
 
 
-BLOCKED = """
-import runpy, sys
-for name in ("mujoco", "dm_control", "tensorboard", "torch.utils.tensorboard", "tqdm"):
-    sys.modules[name] = None
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+def test_without_ffmpeg_there_is_a_note(train, monkeypatch, capsys, whole):
+    import imageio.v2 as imageio
 
+    def without_ffmpeg(*_, **__):
+        raise ValueError("Could not find a backend")
 
-@EACH
-def test_own_data_needs_no_simulator_nor_tensorboard_nor_tqdm(algo, own_set, tmp_path):
-    script = ROOT / "algos" / f"{algo}.py"
-    flags = ["--dataset", own_set, "--steps", 6, "--runs-dir", tmp_path, *SMALL]
-    result = run_python("-c", BLOCKED, script, *flags, env=CHILD)
-    assert result.returncode == 0, result.stderr
-    assert "note: tensorboard is not installed" in result.stdout
-    assert "note: tqdm is not installed" in result.stdout
-    run = tmp_path / algo / "own" / "robot" / "seed0"
-    assert steps_of(run) == [1, 2, 3, 4, 5, 6]
-    assert (run / "finished.json").exists()
-    assert not (run / "tensorboard").exists()
+    monkeypatch.setattr(imageio, "mimwrite", without_ffmpeg)
+    assert train("bc") is None
+    assert "evaluation.mp4 was not written (Could not find a backend)" in capsys.readouterr().out
+    assert equal_weights(train.folder("bc"), whole("bc"))
 
 
 # ---- killed and continued ----
 
-
-def start(algo: str, own_set: Path, runs: Path, steps: int) -> subprocess.Popen:
-    script = ROOT / "algos" / f"{algo}.py"
-    words = [sys.executable, script, "--dataset", own_set, "--runs-dir", runs, "--steps", steps, *SMALL]
-    return subprocess.Popen(
-        [str(word) for word in words], env=CHILD, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+# A checkpoint is at every fourth update. Each row dies before an update, twice in the same phase.
+DEATHS = [(algo, first) for algo in ("bc", "drq_bc", "cql") for first in (3, 7)]
+DEATHS += [(algo, first) for algo in ("offline_dv2", "lompo") for first in (6, 8, 11)]  # model, model to agent, agent
+DEATHS += [("moto", first) for first in (5, 7, 11, 15)]  # model, offline, after the first and second episode
 
 
-def wait_for_row(process: subprocess.Popen, run: Path, row: int) -> None:
-    """Until train.csv has so many rows."""
-    deadline = time.monotonic() + 120
-    while not (run / "train.csv").exists() or (run / "train.csv").read_text().count("\n") <= row:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+@pytest.mark.parametrize("algo, first", DEATHS)
+def test_a_killed_run_continues_bit_by_bit(algo, first, train, whole):
+    for crash in (first, 2):
+        assert isinstance(train(algo, crash=crash), KeyboardInterrupt)
+    assert train(algo) is None
+    assert_same_run(train.folder(algo), whole(algo))
 
 
-@pytest.mark.parametrize("algo", [pytest.param("bc", marks=pytest.mark.slow), "drq_bc"])
-def test_a_run_killed_at_any_moment_continues_bit_by_bit(algo, own_set, tmp_path, train):
-    steps, run = 400, tmp_path / "killed" / algo / "own" / "robot" / "seed0"
-    for low, high in ((5, 100), (130, 230)):  # far from the end: on a busy machine the kill may come late
-        row = random.SystemRandom().randint(low, high)
-        process = start(algo, own_set, tmp_path / "killed", steps)
-        wait_for_row(process, run, row)
-        time.sleep(random.SystemRandom().uniform(0, 0.01))
-        process.kill()
-        output = process.communicate()[0]
-        assert process.returncode == -signal.SIGKILL, f"killed at row {row}: {output}"
-        assert not (run / "finished.json").exists()
-    process = start(algo, own_set, tmp_path / "killed", steps)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output
-    assert f"continuing {run} at step " in output
-    assert train(algo, "--steps", steps) is None  # the same without a kill
-    assert steps_of(run) == list(range(1, steps + 1))
-    assert metrics_of(run) == metrics_of(train.folder(algo))
-    assert equal_weights(run, train.folder(algo))
-    assert checkpoints(run) == []
-    wall = [float(seconds) for seconds in column(run / "train.csv", "wall_s")]
-    assert wall == sorted(wall)  # counted over all three processes
+@pytest.mark.parametrize("first, second, kept", [(18, 3, 8), (30, 2, 12)])
+def test_killed_in_the_middle_of_an_online_episode(first, second, kept, train, whole, monkeypatch):
+    """In call `first`, in the next process `second`, of step(): 8 are an evaluation, 4 an episode."""
+    step, left = FourSteps.step, 0
+
+    def dying(env, action):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        return step(env, action)
+
+    monkeypatch.setattr(FourSteps, "step", dying)
+    for number in (first, second):
+        left = number
+        assert isinstance(train("moto"), KeyboardInterrupt)
+        assert checkpoint_of(train.folder("moto")) == kept
+    assert train("moto") is None
+    assert_same_run(train.folder("moto"), whole("moto"))
 
 
-@pytest.mark.parametrize("algo", ["bc", pytest.param("drq_bc", marks=pytest.mark.slow)])
-def test_sigterm_leaves_a_checkpoint_of_that_very_step(algo, own_set, tmp_path, train):
-    steps, run = 400, tmp_path / "stopped" / algo / "own" / "robot" / "seed0"
-    process = start(algo, own_set, tmp_path / "stopped", steps)
-    wait_for_row(process, run, 101)
-    process.terminate()
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 128 + signal.SIGTERM, output
-    stopped = int(re.search(r"stopped at step (\d+) with a checkpoint", output)[1])
-    assert 100 < stopped < steps
-    assert steps_of(run)[-1] == stopped
-    assert checkpoints(run)[-1] == f"checkpoint-{stopped:09d}"
-    process = start(algo, own_set, tmp_path / "stopped", steps)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output
-    assert f"continuing {run} at step {stopped}" in output
-    assert train(algo, "--steps", steps) is None
-    assert steps_of(run) == list(range(1, steps + 1))
-    assert metrics_of(run) == metrics_of(train.folder(algo))
-    assert equal_weights(run, train.folder(algo))
+def writes(patch, at: int, full: int = 0, name: str = "") -> None:
+    """What happens to the at-th file that is opened for writing in a run's folder (of those whose name begins so): it
+    is killed while it is written; with `full`, an errno, it and all later ones cannot be written."""
+    original, count = open, 0
+
+    def counted(file, mode="r", *args, **kwargs):
+        nonlocal count
+        if set(mode) & set("wax+") and "/runs/" in str(file) and Path(file).name.startswith(name):
+            count += 1
+            if count >= at and full:
+                raise OSError(full, os.strerror(full), str(file))
+            if count == at:
+                with original(file, mode, *args, **kwargs) as half:
+                    half.write(b"half" if "b" in mode else "1,2")
+                raise KeyboardInterrupt
+        return original(file, mode, *args, **kwargs)
+
+    patch.setattr("builtins.open", counted)
+
+
+def test_killed_while_any_file_is_written(train, tmp_path, monkeypatch):
+    """Copies of the code, configuration, rows, checkpoints, weights, the end: after each kill the run continues."""
+    flags = ["--steps", 8, "--log-every", 4, "--tag"]
+    assert train("bc", *flags, "whole") is None
+    for number in itertools.count(1):
+        with monkeypatch.context() as patch:
+            writes(patch, number)
+            ended = train("bc", *flags, number)
+        if ended is None:
+            break
+        assert train("bc", *flags, number) is None
+        assert_same_run(train.folder("bc", f"{number}-seed0"), train.folder("bc", "whole-seed0"))
+    assert number > 3 + 4 + 1 + 2  # begin(), rows, one checkpoint, the end
+
+
+DISK = [("common.py", 1, None), ("train.csv", 6, 4), ("checkpoint.pt", 2, 4), ("weights.pt", 1, 8), ("finished", 1, 8)]
+
+
+@pytest.mark.parametrize("name, at, kept", DISK)
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(name, at, kept, code, train, whole, monkeypatch, capsys):
+    run = train.folder("bc")
+    with monkeypatch.context() as patch:
+        writes(patch, at, code, name)
+        line = line_of(train("bc"), capsys)
+    assert os.strerror(code) in line and str(run / name) in line
+    assert (checkpoint_of(run) if (run / "checkpoint.pt").exists() else None) == kept
+    assert train("bc") is None
+    assert_same_run(run, whole("bc"))
 
 
 @EACH
-def test_three_and_three_updates_equal_six(algo, train):
-    assert train(algo, "--steps", 6, "--tag", "whole") is None
-    assert isinstance(train(algo, "--steps", 6, crash=4), KeyboardInterrupt)
-    run = train.folder(algo)
-    assert checkpoints(run) == ["checkpoint-000000002", "checkpoint-000000003"]  # the newest two
-    assert train(algo, "--steps", 6) is None
-    assert equal_weights(run, train.folder(algo, "whole-seed0"))
-    assert metrics_of(run) == metrics_of(train.folder(algo, "whole-seed0"))
-
-
-def test_another_seed_gives_other_weights(train):
-    assert train("bc", "--steps", 2) is None
-    assert train("bc", "--steps", 2, "--seed", 1) is None
-    assert not equal_weights(train.folder("bc"), train.folder("bc", "seed1"))
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_between_two_rows_still_ends_in_a_checkpoint(number, train):
-    """--log-every 100: the step at which the signal comes is logged and saved all the same."""
+def test_a_signal_leaves_a_checkpoint_of_that_very_step(number, algo, train, whole, capsys):
+    """Between two rows of metrics, too."""
 
     def update(original, count, *args):
         if count == 7:
             os.kill(os.getpid(), number)
         return original(*args)
 
-    flags = ["--steps", 400, "--log-every", 100]
-    stopped = train("bc", *flags, update=update)
-    assert isinstance(stopped, SystemExit)
-    assert stopped.code == 128 + number
-    assert checkpoints(train.folder("bc")) == ["checkpoint-000000007"]
-    assert steps_of(train.folder("bc")) == [7]
+    stopped = train(algo, "--log-every", 100, update=update)
+    assert isinstance(stopped, SystemExit) and stopped.code == 128 + number
+    assert "stopped at step 7 with a checkpoint; the same command (without --overwrite)" in capsys.readouterr().out
+    run = train.folder(algo)
+    assert checkpoint_of(run) == 7
+    assert max(step for part in PARTS[algo] if (run / f"{part}.csv").exists() for step in steps_of(run, part)) == 7
+    assert train(algo) is None
+    assert equal_weights(run, whole(algo))
 
 
-@EACH
-def test_checkpoints_hold_plain_tensors(algo, train):
-    train(algo, "--steps", 40, crash=21)
-    for name in checkpoints(train.folder(algo)):
-        state = torch.load(train.folder(algo) / name / "state.pt", weights_only=True)  # refuses anything but data
-        assert state["step"] == int(name.split("-")[1])
-        assert state["objects"].keys() == {"agent", "buffer"}
-        assert state["generators"].keys() >= {"torch", "numpy"}
-        optimizers = state["objects"]["agent"]["_extra_state"]
-        assert optimizers.keys() == ({"actor"} if algo == "bc" else {"critic", "actor"})
-        for optimizer in optimizers.values():
-            assert all(entry["step"] == state["step"] for entry in optimizer["state"].values())
-
-
-# ---- damage ----
-
-
-def damage_truncate(folder: Path) -> None:
-    with open(folder / "state.pt", "r+b") as file:
-        file.truncate(1000)
-
-
-def damage_flip(folder: Path) -> None:
-    content = bytearray((folder / "state.pt").read_bytes())
-    content[len(content) // 2] ^= 1
-    (folder / "state.pt").write_bytes(content)
-
-
-def damage_hash(folder: Path) -> None:
-    (folder / "sha256").unlink()
-
-
-def damage_remove(folder: Path) -> None:
-    (folder / "state.pt").unlink()
-
-
-@pytest.mark.parametrize("damage", [damage_truncate, damage_flip, damage_hash, damage_remove])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, train, capsys):
-    train("bc", "--steps", 40, "--tag", "whole")
-    train("bc", "--steps", 40, crash=26)
+@pytest.mark.parametrize("left", ["", "7,0.1,", "7,0.1,7\n8,0.1,7\n9,0."])
+def test_rows_after_the_checkpoint_are_cut(left, train, whole):
+    """Whole ones, half of one, a file that was begun after it; and half a checkpoint is no obstacle."""
+    train("bc", crash=7)
     run = train.folder("bc")
-    assert checkpoints(run) == ["checkpoint-000000022", "checkpoint-000000024"]
-    damage(run / "checkpoint-000000024")
-    capsys.readouterr()
-    assert train("bc", "--steps", 40) is None
-    output = capsys.readouterr().out
-    assert f"{run}/checkpoint-000000024 is damaged" in output
-    assert f"continuing {run} at step 22" in output
-    assert steps_of(run) == list(range(1, 41))
-    assert equal_weights(run, train.folder("bc", "whole-seed0"))
-
-
-def test_without_a_whole_checkpoint_it_starts_anew(train, capsys):
-    train("bc", "--steps", 40, "--tag", "whole")
-    train("bc", "--steps", 40, crash=26)
-    run = train.folder("bc")
-    for name in checkpoints(run):
-        damage_truncate(run / name)
-    (run / "checkpoint.tmp").mkdir()  # of a kill amid saving
-    (run / "checkpoint.tmp" / "state.pt").write_bytes(b"half")
-    assert train("bc", "--steps", 40) is None
-    assert steps_of(run) == list(range(1, 41))
-    assert equal_weights(run, train.folder("bc", "whole-seed0"))
-    assert checkpoints(run) == []
-
-
-@pytest.mark.parametrize("left", ["", "step,wal", "step,wall_s,actor/loss\n1,0.1"])
-def test_a_row_cut_in_the_middle_is_no_obstacle(left, train):
-    """A kill may leave train.csv empty, with half a header or with half a row."""
-    train("bc", "--steps", 40, crash=2)  # before the first checkpoint
-    run = train.folder("bc")
-    assert checkpoints(run) == []
-    (run / "train.csv").write_text(left)
-    assert train("bc", "--steps", 40) is None
-    assert steps_of(run) == list(range(1, 41))
-    assert all(float(loss) > 0 for loss in column(run / "train.csv", "actor/loss"))
-
-
-def test_rows_after_the_checkpoint_are_cut(train):
-    train("bc", "--steps", 40, crash=26)
-    run = train.folder("bc")
-    assert steps_of(run) == list(range(1, 26))  # 25 was logged, 24 saved
+    assert checkpoint_of(run) == 4 and steps_of(run) == list(range(1, 7))
     with open(run / "train.csv", "a") as file:
-        file.write("26,0.")
-    train("bc", "--steps", 40, crash=1)
-    assert steps_of(run) == list(range(1, 25))
+        file.write(left)
+    (run / "later.csv").write_text("step,wall_s\n7,0.1\n")
+    (run / "checkpoint.pt.tmp").write_bytes(b"half")
+    train("bc", crash=1)
+    assert steps_of(run) == list(range(1, 5))
+    assert train("bc") is None
+    assert_same_run(run, whole("bc"))
+
+
+def test_a_damaged_checkpoint_is_one_line(train, whole, capsys):
+    train("bc", crash=6)
+    file = train.folder("bc") / "checkpoint.pt"
+    content = file.read_bytes()
+    for damaged in (content[:1000], b"", b"no zip"):
+        file.write_bytes(damaged)
+        assert f"{file} is missing or damaged (" in line_of(train("bc"), capsys)
+    file.write_bytes(content)  # nothing else was lost
+    assert train("bc") is None
+    assert_same_run(train.folder("bc"), whole("bc"))
 
 
 def test_a_resume_is_written_down_beside_what_began_the_run(train, monkeypatch):
-    train("bc", "--steps", 40, crash=26)
-    first = json.loads((train.folder("bc") / "config.json").read_text())
-    assert first["resumed"] == []
-    monkeypatch.setattr(common, "commit_of", lambda *files: "0123456789ab")
-    monkeypatch.setattr(common, "hardware", lambda device: "another machine")
-    assert train("bc", "--steps", 60) is None
-    config = json.loads((train.folder("bc") / "config.json").read_text())
-    assert [part["commit"] for part in config["resumed"]] == ["0123456789ab"]
-    assert config["resumed"][0]["hardware"] == "another machine"
-    assert {name: config[name] for name in ("commit", "hardware", "command", "versions")} == {
-        name: first[name] for name in ("commit", "hardware", "command", "versions")
-    }
-    assert config["args"] == first["args"] | {"steps": 60}
-
-
-# ---- disks ----
-
-
-def refuse_writes(monkeypatch, run: Path, number: int) -> None:
-    """From here on no file below `run` opens for writing, as on a full (ENOSPC) or read-only (EROFS) disk."""
-    original = open
-
-    def refusing(file, mode="r", *args, **kwargs):
-        if set(mode) & set("wax+") and str(file).startswith(str(run)):
-            raise OSError(number, os.strerror(number))
-        return original(file, mode, *args, **kwargs)
-
-    monkeypatch.setattr("builtins.open", refusing)
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
-def test_a_disk_that_fills_under_a_run_is_one_line_and_keeps_the_checkpoints(number, train, monkeypatch):
-    run = train.folder("bc")
-
-    def update(original, count, *args):
-        if count == 23:
-            refuse_writes(monkeypatch, run, number)
-        return original(*args)
-
-    error = train("bc", "--steps", 40, update=update)
-    assert isinstance(error, UserError)
-    assert str(error) == f"{run}: {os.strerror(number)}; what was complete before is kept"
-    assert checkpoints(run) == ["checkpoint-000000020", "checkpoint-000000022"]
-    monkeypatch.undo()
-    assert steps_of(run) == list(range(1, 23))
-
-
-def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(train, monkeypatch):
-    """Small files still fit: the metrics of step 24 are written, its checkpoint is not, and the run continues."""
-    run, original = train.folder("bc"), common._save
-
-    def full(state, path):
-        if state["step"] == 24:
-            path.write_bytes(b"the first half")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return original(state, path)
-
-    monkeypatch.setattr(common, "_save", full)
-    error = train("bc", "--steps", 40)
-    assert isinstance(error, UserError)
-    assert "No space left on device" in str(error)
-    assert checkpoints(run) == ["checkpoint-000000020", "checkpoint-000000022", "checkpoint.tmp"]
-    monkeypatch.setattr(common, "_save", original)
-    assert train("bc", "--steps", 40) is None
-    assert train("bc", "--steps", 40, "--tag", "whole") is None
-    assert metrics_of(run) == metrics_of(train.folder("bc", "whole-seed0"))
-    assert equal_weights(run, train.folder("bc", "whole-seed0"))
-
-
-def test_a_folder_that_cannot_be_made_is_one_line(own_set, tmp_path):
-    (tmp_path / "runs").write_text("a file where the folder should be")
-    flags = ["--dataset", own_set, "--steps", 6, "--runs-dir", tmp_path / "runs", *SMALL]
-    assert_one_line(run_python(ROOT / "algos" / "bc.py", *flags, env=CHILD), str(tmp_path / "runs"))
+    train("bc", crash=6)
+    first = read_config(train.folder("bc"))
+    here = {"command": "c", "commit": "0123456789ab", "versions": {}, "hardware": "another machine"}
+    monkeypatch.setattr(common, "provenance", lambda device: here)
+    assert train("bc") is None
+    assert read_config(train.folder("bc")) == first | {"resumed": [here]}
 
 
 # ---- numbers that are not finite ----
 
 
-def test_nan_in_the_rewards_is_named(own_set, tmp_path, train):
-    broken = tmp_path / "broken"
-    shutil.copytree(own_set, broken)
-    rewards = np.load(broken / "reward.npy")
-    rewards[17] = np.nan
-    np.save(broken / "reward.npy", rewards)
-    error = train("drq_bc", "--dataset", broken, "--steps", 6)
-    assert isinstance(error, UserError)
-    assert "reward.npy: row 17 is nan" in str(error)
+@EACH
+@pytest.mark.parametrize("every, bad, kept", [(1, 6, 4), (100, 8, 4), (100, 12, 8)])
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_term(algo, every, bad, kept, train, capsys):
+    """At every row, and where there is none before every checkpoint and the end."""
+    name = "critic/loss" if algo in ("drq_bc", "cql") else "actor/loss"
 
-
-@pytest.mark.parametrize("algo, term", [("bc", "actor/loss"), ("drq_bc", "critic/loss"), ("drq_bc", "actor/q")])
-def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_term(algo, term, train):
     def update(original, count, *args):
         metrics = original(*args)
-        return metrics | {term: torch.tensor(float("nan"))} if count == 26 else metrics
+        return metrics | {name: torch.tensor(float("nan"))} if count == bad else metrics
 
-    error = train(algo, "--steps", 40, update=update)
+    line = line_of(train(algo, "--log-every", every, update=update), capsys)
     run = train.folder(algo)
-    assert isinstance(error, UserError)
-    assert f"{term} not finite at step 26" in str(error)
-    assert "checkpoint-000000024" in str(error)
-    assert checkpoints(run) == ["checkpoint-000000022", "checkpoint-000000024"]
-    assert steps_of(run) == list(range(1, 26))  # the bad row is not written
-    assert train(algo, "--steps", 40) is None  # the same command continues from there
-    assert steps_of(run) == list(range(1, 41))
+    assert f"{name} not finite at step {bad}; {run} keeps the checkpoint before" in line
+    assert checkpoint_of(run) == kept and not (run / "weights.pt").exists()
+    assert train(algo, "--log-every", every) is None  # the same command continues from there
 
 
-def test_what_is_not_finite_is_told_when_other_metrics_follow(tmp_path):
-    run = common.Run.__new__(common.Run)
-    run.path, run.watched = tmp_path, None
-    for step, (a, b) in enumerate([(1.0, 2.0), (math.inf, 2.0), (math.nan, math.nan)], start=1):
-        run._watch(step, {"first/a": torch.tensor(a), "first/b": torch.tensor(b)})
-    with pytest.raises(UserError, match="^first/a not finite at step 2; .* keeps no checkpoint$"):
-        run._watch(4, {"second/a": torch.tensor(1.0)})
+# ---- the same folder ----
 
 
-@pytest.mark.parametrize("steps, kept", [(40, "checkpoint-000000024"), (26, "checkpoint-000000024")])
-def test_weights_that_are_not_finite_are_not_saved(steps, kept, train):
-    def update(original, count, agent, *args):
-        metrics = original(agent, *args)
-        if count == 26:  # a step that saves; of the shorter run the last one
-            with torch.no_grad():
-                agent.actor.policy[0].weight[0, 0] = float("inf")
-        return metrics
+@EACH
+def test_a_finished_run_says_so(algo, train, whole, tmp_path, capsys):
+    shutil.copytree(whole(algo), train.folder(algo))
+    before = {path: path.read_bytes() for path in train.folder(algo).glob("*.*")}
+    ended = train(algo)
+    assert isinstance(ended, SystemExit) and ended.code == 0
+    assert f"{train.folder(algo)} is finished" in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in train.folder(algo).glob("*.*")} == before
 
-    error = train("bc", "--steps", steps, update=update)
-    run = train.folder("bc")
-    assert isinstance(error, UserError)
-    assert "step 26" in str(error)
-    assert "actor.policy.0.weight" in str(error)
-    assert checkpoints(run)[-1] == kept
-    assert not (run / "weights.pt").exists()
+
+REFUSED = [
+    ("bc", "--lr 0.01", "--lr 0.0001 -> 0.01"),
+    ("bc", "--batch-size 5 --bc-noise", "--batch-size 4 -> 5, --bc-noise False -> True"),
+    ("bc", "--steps 11", "--steps 12 -> 11"),
+    ("bc", "--eval-every 0", "--eval-every 4 -> 0"),
+    ("offline_dv2", "--model-steps 7", "--model-steps 6 -> 7"),
+    ("moto", "--bc-filter all", "--bc-filter return -> all"),
+]
+
+
+@pytest.mark.parametrize("algo, flags, named", REFUSED)
+def test_other_flags_are_refused_and_named(algo, flags, named, train, capsys):
+    train(algo, crash=6)
+    before = {path: path.read_bytes() for path in train.folder(algo).glob("*.*")}
+    line = line_of(train(algo, *flags.split()), capsys)
+    assert f"holds another run: {named}. Give this one a --tag, or --overwrite" in line
+    assert {path: path.read_bytes() for path in train.folder(algo).glob("*.*")} == before
+
+
+def test_other_data_and_a_changed_script_are_refused(train, tmp_path, capsys):
+    train("bc", crash=6)
+    other = write_set(tmp_path / "other" / "set", lengths=(30, 25), size=21, seed=1, task="walker-walk")
+    assert "--data " in line_of(train("bc", "--dataset", other), capsys)
+    config = read_config(train.folder("bc")) | {"script": "0123456789ab"}
+    (train.folder("bc") / "config.json").write_text(json.dumps(config))
+    assert "--script 0123456789ab -> " in line_of(train("bc"), capsys)
+
+
+def test_flags_that_change_no_number_may_differ(train, whole, tmp_path):
+    train("bc", crash=6)
+    shutil.move(tmp_path / "runs", tmp_path / "moved")
+    flags = ["--runs-dir", tmp_path / "moved", "--data-dir", tmp_path, "--log-every", 2, "--buffer-device", "cpu"]
+    assert train("bc", *flags) is None
+    run = tmp_path / "moved" / train.folder("bc").relative_to(tmp_path / "runs")
+    assert steps_of(run) == [1, 2, 3, 4, 6, 8, 10, 12]
+    assert equal_weights(run, whole("bc"))
+
+
+def test_a_set_may_be_named_in_three_ways(train, sets, monkeypatch):
+    assert train("bc") is None
+    monkeypatch.chdir(sets["bc"].parent)
+    for name in (f"{sets['bc']}/", "set", "./set/"):
+        assert isinstance(train("bc", "--dataset", name), SystemExit)
+
+
+def test_steps_may_grow_while_the_run_is_unfinished(train, capsys):
+    assert train("drq_bc", "--steps", 16, "--tag", "whole") is None
+    train("drq_bc", crash=6)
+    assert train("drq_bc", "--steps", 16) is None
+    assert_same_run(train.folder("drq_bc"), train.folder("drq_bc", "whole-seed0"))
+    assert "--steps 16 -> 20" in line_of(train("drq_bc", "--steps", 20), capsys)  # optimisers are gone
+
+
+def test_overwrite_starts_anew(train):
+    assert train("bc") is None
+    (train.folder("bc") / "notes").mkdir()
+    assert train("bc", "--steps", 8, "--lr", "0.01", "--overwrite") is None
+    assert steps_of(train.folder("bc")) == list(range(1, 9))
+    assert read_config(train.folder("bc"))["args"]["lr"] == 0.01
+    assert not (train.folder("bc") / "notes").exists()
+
+
+def test_tag_and_quick_name_other_folders(train, tmp_path):
+    assert train("bc") is None
+    assert train("bc", "--tag", "wide-0.5", "--noise-clip", "0.5") is None
+    assert train("bc", "--quick", "--seed", 3) is None
+    folders = {str(path.parent.relative_to(tmp_path / "runs")) for path in (tmp_path / "runs").rglob("weights.pt")}
+    parent = "bc/walker-walk/set"
+    assert folders == {f"{parent}/seed0", f"{parent}/wide-0.5-seed0", f"quick/{parent}/seed3"}
+    args = read_config(tmp_path / "runs" / "quick" / parent / "seed3")["args"]
+    assert args["lr"] == 3e-4 and args["batch_size"] == 4  # quick's, typed
+
+
+def test_a_folder_in_use_is_refused(train, capsys):
+    train.folder("bc").mkdir(parents=True)
+    hold = "import filelock, sys; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(); input()"
+    words = [sys.executable, "-c", hold, train.folder("bc") / ".lock"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        holder.stdout.readline()
+        assert "is in use by another process" in line_of(train("bc"), capsys)
+        holder.communicate("\n")
+    assert not (train.folder("bc") / "config.json").exists()
+    assert train("bc") is None
+    filelock.FileLock(train.folder("bc") / ".lock").acquire(timeout=0)  # given back at the end
 
 
 # ---- flags ----
 
 
-@EACH
-def test_a_finished_run_says_so(algo, train, capsys):
-    assert train(algo, "--steps", 6) is None
-    before = {path: path.read_bytes() for path in train.folder(algo).glob("*.*") if path.is_file()}
-    capsys.readouterr()
-    ended = train(algo, "--steps", 6)
-    assert isinstance(ended, SystemExit)
-    assert ended.code == 0
-    assert f"{train.folder(algo)} is finished" in capsys.readouterr().out
-    assert {path: path.read_bytes() for path in train.folder(algo).glob("*.*") if path.is_file()} == before
-    longer = train(algo, "--steps", 8)  # optimisers are gone
-    assert isinstance(longer, UserError)
-    assert "--overwrite" in str(longer)
+RANGES = """bc --hidden-dim 0; bc --batch-size 0; bc --log-every 0; bc --eval-episodes 0; bc --eval-every -1;
+bc --seed -1; bc --lr nan; bc --lr -1; bc --transitions 0; drq_bc --gamma 5; drq_bc --gamma -1; drq_bc --gamma nan;
+drq_bc --tau 1.5; drq_bc --nstep 0; cql --cql-samples 0; cql --cql-alpha -1; offline_dv2 --horizon 1;
+offline_dv2 --ensemble 0; lompo --agent-batch-size 1; lompo --rollout-noise -1; moto --kl-balance 1.1; moto --window 1;
+moto --bc-quantile 2"""
+MISTAKES = [
+    ("bc", "--steps 0", "no updates are asked for"),
+    ("bc", "--tag ../../x", "--tag ../../x: letters, digits, - and _"),
+    ("bc", "--tag .x", "--tag .x: letters"),
+    ("bc", "--transitions 50", "--transitions 50: only standard sets"),
+    ("bc", "--dataset expret", "--dataset expret: neither one of random, mixed"),
+    ("bc", "--dataset .", ". is no whole set"),
+    ("bc", "--buffer-device cuda", "there is no CUDA device here, or --device cpu"),
+    ("bc", "--dataset expert --source vd4rl --data-dir /nowhere", "vd4rl.py import --help"),
+    ("drq_bc", "--nstep 31", "no episode is as long as --nstep 31"),
+    ("offline_dv2", "--window 14", "--window 14 needs as many"),
+]
+MISTAKES += [(*line.split(maxsplit=1), ": from ") for line in RANGES.split(";")]
 
 
-@pytest.mark.parametrize(
-    "flags, named",
-    [
-        (["--lr", "0.01"], "--lr 0.0001 -> 0.01"),
-        (["--noise-clip", "0.5"], "--noise-clip 0.3 -> 0.5"),
-        (["--batch-size", "5"], "--batch-size 4 -> 5"),
-        (["--bc-noise"], "--bc-noise False -> True"),
-        (["--steps", "30"], "--steps 40 -> 30"),
-        (["--eval-every", "5"], "--eval-every 0 -> 5"),
-    ],
-)
-def test_other_flags_are_refused(flags, named, train):
-    train("bc", "--steps", 40, crash=26)
-    run = train.folder("bc")
-
-    def files() -> dict:  # TensorBoard's writer, which the crash has left open, writes when it likes
-        kept = (path for path in run.glob("**/*") if path.is_file() and path.parent.name != "tensorboard")
-        return {path: path.read_bytes() for path in kept if path.name != ".lock"}
-
-    before = files()
-    error = train("bc", "--steps", 40, *flags)
-    assert isinstance(error, UserError)
-    assert named in str(error)
-    assert "--tag" in str(error)
-    assert files() == before
+@pytest.mark.parametrize("algo, flags, message", MISTAKES)
+def test_bad_flags_are_one_line(algo, flags, message, train, tmp_path, capsys):
+    line = line_of(train(algo, *flags.split()), capsys)
+    assert message in line and (message != ": from " or line.startswith(f"error: {flags}"))
+    assert not list(tmp_path.rglob("config.json"))
 
 
-def test_other_data_is_refused(own_set, tmp_path, train):
-    train("bc", "--steps", 40, crash=26)
-    other = write_set(tmp_path / "other" / "robot", lengths=(30, 25), size=21, seed=1)
-    error = train("bc", "--steps", 40, "--dataset", other)
-    assert isinstance(error, UserError)
-    assert "dataset" in str(error)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
+def test_cuda_where_there_is_none(train, capsys):
+    assert "there is no CUDA device here" in line_of(train("bc", "--device", "cuda"), capsys)
 
 
-def test_flags_that_change_no_number_may_differ(own_set, tmp_path, train):
-    train("bc", "--steps", 40, "--tag", "whole")
-    train("bc", "--steps", 40, crash=26)
-    shutil.move(tmp_path / "runs", tmp_path / "moved")
-    flags = ["--runs-dir", tmp_path / "moved", "--log-every", 2, "--data-dir", tmp_path, "--buffer-device", "cpu"]
-    assert train("bc", "--steps", 40, *flags) is None
-    run = tmp_path / "moved" / "bc" / "own" / "robot"
-    assert steps_of(run / "seed0") == [*range(1, 25), *range(26, 41, 2)]
-    assert equal_weights(run / "seed0", run / "whole-seed0")
+@pytest.mark.parametrize("flags", ["--learning-rate 1", "--device gpu", "--lr much", "--task --quick"])
+def test_what_tyro_refuses(flags, train, capsys):
+    ended = train("bc", *flags.split())
+    assert isinstance(ended, SystemExit) and ended.code == 2
+    assert flags.split()[0] in capsys.readouterr().err
 
 
-def test_steps_may_grow_while_the_run_is_unfinished(train):
-    train("drq_bc", "--steps", 60, "--tag", "whole")
-    train("drq_bc", "--steps", 40, crash=26)
-    assert train("drq_bc", "--steps", 60) is None
-    run = train.folder("drq_bc")
-    assert steps_of(run) == list(range(1, 61))
-    assert json.loads((run / "finished.json").read_text())["steps"] == 60
-    assert equal_weights(run, train.folder("drq_bc", "whole-seed0"))
+def test_an_unknown_task_is_one_line(train, tmp_path, capfd):
+    """Of the command that would make its set, whose status is handed on."""
+    ended = train("bc", "--task", "walker-fly", "--dataset", "random", "--data-dir", tmp_path)
+    assert isinstance(ended, SystemExit) and ended.code == 1
+    assert re.search(r"^error: --task walker-fly: .*walker-walk.*$", capfd.readouterr().err, re.M)
+    assert not list(tmp_path.rglob("seed0"))
 
 
-def test_overwrite_starts_anew(train):
-    train("bc", "--steps", 6)
-    run = train.folder("bc")
-    (run / "notes.txt").write_text("old")
-    assert train("bc", "--steps", 4, "--lr", "0.01", "--overwrite") is None
-    assert steps_of(run) == [1, 2, 3, 4]
-    assert json.loads((run / "config.json").read_text())["args"]["lr"] == 0.01
-    assert not (run / "notes.txt").exists()
+def test_sets_that_one_cannot_evaluate_on(train, tmp_path, capsys):
+    """A task that is not there, other actions than the task's, a task without an end; then the correction works."""
+    for task, action_dim, pool in (("own", 2, None), ("walker-walk", 3, None), ("lqr-lqr_2_1", 1, common.EnvPool)):
+        name = write_set(tmp_path / task, (20, 20), 21, action_dim, task=task)
+        words = ["--dataset", name, "--runs-dir", tmp_path / "runs", *FREE.split(), "--device", "cpu", "--eval-every"]
+        line = line_of(run_main(MODULES["bc"], [*words, 4], pool=pool or FourStepsPool), capsys)
+        assert f"is of task {task} with {action_dim} action dimensions: " in line and "--eval-every 0" in line
+        assert run_main(MODULES["bc"], [*words, 0]) is None
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--eval-every", 5], "names no task to evaluate in; train on it with --eval-every 0"),
-        (["--accelerate", "graph"], "--accelerate graph needs --device cuda"),
-        (["--batch-size", 0], "--batch-size 0: at least 1"),
-    ],
-)
-def test_a_wrong_flag_overwrites_nothing(flags, message, train):
-    assert train("bc", "--steps", 4) is None
-    files = [path for path in train.folder("bc").glob("**/*") if path.is_file() and path.name != ".lock"]
-    before = [path.read_bytes() for path in files]
-    error = train("bc", "--steps", 4, "--overwrite", *flags)
-    assert isinstance(error, UserError) and message in str(error)
-    assert [path.read_bytes() for path in files] == before
-
-
-def test_what_continues_a_run_that_was_begun_with_overwrite(train, capsys):
-    def stop(original, count, agent, *args):
-        if count == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(agent, *args)
-
-    ended = train("bc", "--steps", 40, "--overwrite", update=stop)
-    assert isinstance(ended, SystemExit) and "the same command without --overwrite continues" in capsys.readouterr().out
-
-
-def test_tag_and_quick_name_other_folders(train, tmp_path):
-    assert train("bc", "--steps", 2) is None
-    assert train("bc", "--steps", 2, "--tag", "wide", "--noise-clip", "0.5") is None
-    assert train("bc", "--steps", 2, "--quick") is None
-    folders = {str(path.parent.relative_to(tmp_path / "runs")) for path in (tmp_path / "runs").rglob("weights.pt")}
-    assert folders == {"bc/own/robot/seed0", "bc/own/robot/wide-seed0", "quick/bc/own/robot/seed0"}
-    config = json.loads((tmp_path / "runs" / "quick/bc/own/robot/seed0/config.json").read_text())
-    assert config["args"]["lr"] == bc.QUICK["lr"]
-    assert config["args"]["batch_size"] == 4  # typed
-
-
-def test_a_command_that_failed_at_the_start_may_be_corrected(own_set, train):
-    """Own data without --eval-every 0: the message says what to type, and typing it works."""
-    flags = ["--steps", 40, "--eval-every", 20]
-    error = train("bc", *flags)
-    assert isinstance(error, UserError)
-    assert "--eval-every 0" in str(error)
-    assert train("bc", "--steps", 40, "--eval-every", 0) is None
-    error = train("drq_bc", "--steps", 40, "--accelerate", "graph")
-    assert "--device cuda" in str(error)
-    assert train("drq_bc", "--steps", 4) is None
-
-
-def test_evaluate_of_an_unfinished_run_says_so(train, tmp_path):
-    train("bc", "--steps", 40, crash=26)
-    error = train("bc", "--evaluate", train.folder("bc"))
-    assert isinstance(error, UserError)
-    assert "weights.pt is missing; is the run finished?" in str(error)
-    assert "config.json is missing" in str(train("bc", "--evaluate", tmp_path / "nowhere"))
-
-
-def test_a_folder_in_use_is_refused_with_its_holder(own_set, tmp_path):
-    run = tmp_path / "bc" / "own" / "robot" / "seed0"
-    run.mkdir(parents=True)
-    with common.lock_file(run / ".lock"):
-        flags = ["--dataset", own_set, "--steps", 6, "--runs-dir", tmp_path, *SMALL]
-        result = run_python(ROOT / "algos" / "bc.py", *flags, env=CHILD)
-    assert_one_line(result, str(run), f"in use by process {os.getpid()}")
-    assert not (run / "config.json").exists()
-
-
-def test_an_unknown_dataset_is_one_line(tiny_set):
-    flags = ["--task", "walker-walk", "--dataset", "expret", "--data-dir", tiny_set.parents[2]]
-    result = run_python(ROOT / "algos" / "bc.py", *flags, env=CHILD)
-    assert_one_line(result, "--dataset expret", "expert", str(tiny_set))
-
-
-def test_an_unknown_task_is_one_line(tmp_path):
-    flags = ["--task", "walker-fly", "--dataset", "random", "--data-dir", tmp_path / "data", "--runs-dir", tmp_path]
-    result = run_python(ROOT / "algos" / "drq_bc.py", *flags, env=CHILD)
-    assert_one_line(result, "--task walker-fly", "walker-walk")
-
-
-@pytest.mark.parametrize("flag", ["--steps", "--batch-size", "--log-every", "--eval-episodes"])
-def test_counts_below_one_are_refused(flag, train):
-    assert str(train("bc", "--steps", 6, flag, 0)) == f"{flag} 0: at least 1"
-
-
-def test_an_unknown_flag_is_named(tmp_path):
-    result = run_python(ROOT / "algos" / "bc.py", "--learning-rate", "1", env=CHILD)
-    assert result.returncode == 2
-    assert "--learning-rate" in result.stderr
-    assert "Traceback" not in result.stderr
-
-
-# ---- parse_args ----
-
-
-@dataclass
-class Toy:
-    task: str = "cheetah-run"
-    dataset: str = "medexp"
-    data_dir: str | None = None
-    runs_dir: str | None = None
-    quick: bool = False
-    device: str = "cpu"
-    accelerate: str = "auto"
-    precision: str = "fp32"
-    alpha: float = 0.0  # tuned
-    steps: int | None = None
-    batch_size: int = 256
+def test_numbers_that_are_not_finite_in_a_set_are_named_by_row(train, sets, tmp_path, capsys):
+    shutil.copytree(sets["drq_bc"], tmp_path / "broken")
+    rewards = np.load(tmp_path / "broken" / "reward.npy")
+    rewards[17] = np.nan
+    np.save(tmp_path / "broken" / "reward.npy", rewards)
+    line = line_of(train("drq_bc", "--dataset", tmp_path / "broken"), capsys)
+    assert "row 17 is not finite or out of range" in line and "reward nan" in line
 
 
 TUNED = {
-    ("walker-walk", "expert"): {"alpha": 4.0},
-    ("walker-walk", "*"): {"alpha": 3.0, "batch_size": 512},
-    ("*", "expert"): {"alpha": 2.0, "batch_size": 64},
-    ("*", "*"): {"alpha": 1.0},
+    ("walker-walk", "expert"): {"lr": 0.4},
+    ("walker-walk", "*"): {"lr": 0.3, "batch_size": 512},
+    ("walker-*", "*"): {"lr": 0.25, "nstep": 2},
+    ("*", "expert"): {"lr": 0.2, "batch_size": 64},
+    ("*", "*"): {"lr": 0.1},
 }
-QUICK = {"batch_size": 32, "steps": 100}
+QUICK = {("*", "*"): {"batch_size": 32, "steps": 100}, ("walker-walk", "*"): {"steps": 50}}
 
 
-@pytest.mark.parametrize(
-    "line, alpha, batch_size, steps",
-    [
-        ("", 1.0, 256, None),
-        ("--task walker-walk", 3.0, 512, None),
-        ("--dataset expert", 2.0, 64, None),
-        ("--task walker-walk --dataset expert", 4.0, 512, None),  # the most exact entry wins, the others add
-        ("--dataset=expert --task=walker-walk", 4.0, 512, None),
-        ("--task walker-walk --alpha 0.5", 0.5, 512, None),
-        ("--alpha 0.5 --task walker-walk --dataset expert", 0.5, 512, None),
-        ("--quick", 1.0, 32, 100),
-        ("--quick --task walker-walk", 3.0, 32, 100),  # over the tuned value
-        ("--batch-size 8 --quick --steps 7", 1.0, 8, 7),  # what was typed wins, wherever it stands
-        ("--quick --batch_size 8", 1.0, 8, 100),
-    ],
-)
-def test_tuned_and_quick_values_are_merged_and_typed_flags_win(line, alpha, batch_size, steps, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["toy.py", *line.split()])
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    args = common.parse_args(Toy, TUNED, QUICK)
-    assert (args.alpha, args.batch_size, args.steps) == (alpha, batch_size, steps)
-    assert sys.excepthook is common.one_line_errors
+MERGED = [
+    ("", 0.1, 256, None),
+    ("--task walker-run", 0.25, 256, None),
+    ("--task walker-walk", 0.3, 512, None),
+    ("--dataset expert", 0.2, 64, None),
+    ("--dataset=expert --task=walker-walk", 0.4, 512, None),  # the most exact entry wins, the others add
+    ("--lr 0.5 --task walker-walk --dataset expert", 0.5, 512, None),  # what was typed wins, wherever it stands
+    ("--quick", 0.1, 32, 100),
+    ("--quick --task walker-walk", 0.3, 32, 50),  # over the tuned value
+    ("--batch-size 8 --quick --steps 7", 0.1, 8, 7),
+    ("--quick --batch_size 256", 0.1, 256, 100),  # also where it is the default
+]
 
 
-@pytest.mark.parametrize(
-    "line, transitions",
-    [
-        ("", 20_000),
-        ("--source vd4rl", None),  # the official sets are used whole
-        ("--dataset some/path", None),
-        ("--task kitchen-mixed --dataset mixed", None),
-        ("--transitions 1000", 1000),
-    ],
-)
-def test_quick_cuts_sets_that_are_made_here(line, transitions):
-    words = ["--quick", *line.split()]
-    assert common.typed_args(bc.Args, bc.TUNED, bc.QUICK, words).transitions == transitions
+@pytest.mark.parametrize("line, lr, batch_size, steps", MERGED)
+def test_tuned_and_quick_values_are_merged_and_typed_flags_win(line, lr, batch_size, steps):
+    args = common.typed_args(MODULES["cql"].Args, TUNED, QUICK, line.split())
+    assert (args.lr, args.batch_size, args.steps) == (lr, batch_size, steps)
+    assert args.nstep == (2 if args.task.startswith("walker") else 3)
+    assert (args.typed["lr"], args.typed["steps"], args.typed["device"]) == (lr, steps, "auto")
 
 
-def test_a_task_without_a_name_is_tyros_error(capsys):
-    with pytest.raises(SystemExit):
-        common.typed_args(bc.Args, bc.TUNED, bc.QUICK, ["--task", "--quick"])
-    assert "--task" in capsys.readouterr().err
+# The official sets and those of the kitchen are used whole.
+CUTS = {"": 20_000, "--source vd4rl": None, "--task kitchen-mixed --dataset mixed": None, "--transitions 1000": 1000}
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        (["--device", "gpu"], "--device gpu: auto, cpu, cuda or cuda:N"),
-        (["--seed", -1], "--seed -1: at least 0"),
-        (["--eval-every", -1], "--eval-every -1: at least 0"),
-        (["--transitions", 0], "--transitions 0: at least 1"),
-        (["--transitions", 50], "--transitions 50: a set given by its path is used whole"),
-    ],
-)
-def test_flags_out_of_range(flags, message, train, tmp_path):
-    assert message in str(train("bc", "--steps", 4, *flags))
-    assert not (tmp_path / "runs").exists()
+def test_quick_cuts_sets_that_are_made_here():
+    for line, transitions in CUTS.items():
+        module = MODULES["bc"]
+        args = common.typed_args(module.Args, module.TUNED, module.QUICK, ["--quick", *line.split()])
+        assert args.transitions == transitions
 
 
-def test_parse_args_resolves_folders_device_and_precision(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(sys, "argv", ["toy.py", "--device", "auto", "--precision", "auto"])
+def test_folders_device_and_precision_are_resolved(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["bc.py"])
     monkeypatch.delenv("CLEANPIXELS_DATA", raising=False)
-    args = common.parse_args(Toy, {}, {})
-    assert args.data_dir == str(ROOT / "datasets")
-    assert args.runs_dir == str(ROOT / "runs")
+    args = common.parse_args(MODULES["bc"].Args, {}, {})
+    assert sys.excepthook is common.one_line_errors
+    assert (args.data_dir, args.runs_dir) == (str(ROOT / "datasets"), str(ROOT / "runs"))
     assert args.device == ("cuda" if torch.cuda.is_available() else "cpu")
-    assert args.precision == ("bf16" if common.has_bf16(args.device) else "fp32")
-    assert args.accelerate == "eager"
     monkeypatch.setenv("CLEANPIXELS_DATA", str(tmp_path))
-    assert common.parse_args(Toy, {}, {}).data_dir == str(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["toy.py", "--data-dir", "there"])
-    assert common.parse_args(Toy, {}, {}).data_dir == "there"
+    assert common.parse_args(MODULES["bc"].Args, {}, {}).data_dir == str(tmp_path)
+    for info, precision in (("flags : avx512_bf16", "bf16"), ("flags : avx2", "fp32")):
+        monkeypatch.setattr(common, "CPU_INFO", info)
+        monkeypatch.setattr(sys, "argv", ["bc.py", "--device", "cpu"])
+        assert common.parse_args(MODULES["bc"].Args, {}, {}).precision == precision
 
 
 @EACH
 def test_every_tuned_and_quick_name_is_a_flag(algo):
-    module = ALGOS[algo]
-    flags = vars(module.Args()).keys()
-    entries = [value for key, value in module.QUICK.items() if isinstance(key, tuple)]
-    assert {key for key in module.QUICK if isinstance(key, str)} <= flags
-    assert all(entry.keys() <= flags for entry in [*entries, *module.TUNED.values()])
-
-
-def test_changed_code_is_noticed_and_changed_comments_are_not(train):
-    assert isinstance(train("bc", "--steps", 6, crash=4), KeyboardInterrupt)  # leaves checkpoints up to step 3
-    copy = train.folder("bc") / "bc.py"
-    text = copy.read_text()
-    copy.write_text(text + "\nUNUSED = 1\n")  # as if the script had lost this line since
-    error = train("bc", "--steps", 6)
-    assert "bc.py has changed since" in str(error) and "--tag" in str(error)
-    copy.write_text(text + "\n# a remark\n")
-    assert train("bc", "--steps", 6) is None
-    assert steps_of(train.folder("bc")) == [1, 2, 3, 4, 5, 6]
-
-
-def test_a_set_that_does_not_fit_its_task_is_named_before_training(tmp_path):
-    with common.DatasetWriter(tmp_path / "set", size=21, action_dim=2, task="walker-walk") as writer:
-        writer.add(*synthetic_episode(0, 30, 21, 2, np.random.default_rng(0)))
-    flags = ["--dataset", tmp_path / "set", "--runs-dir", tmp_path / "runs", "--steps", 3, "--eval-episodes", 1]
-    result = run_python("algos/bc.py", *flags, "--batch-size", 4, "--device", "cpu")
-    assert_one_line(result, "2 action dimensions, walker-walk 6", "--eval-every 0")
-
-
-def test_a_video_that_cannot_be_written_is_a_note(tmp_path, monkeypatch, capsys):
-    import imageio.v2 as imageio
-
-    def without_ffmpeg(*_, **__):
-        raise ValueError("Could not find a backend")
-
-    monkeypatch.setattr(imageio, "get_writer", without_ffmpeg)
-    common.save_video(tmp_path / "evaluation.mp4", [np.zeros((3, 4, 4), np.uint8)])
-    assert "evaluation.mp4 was not written (Could not find a backend)" in capsys.readouterr().out
-
-
-def family(pid: int) -> list[int]:
-    """A process and all that descend from it, from /proc."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
-    found = [pid]
-    for one in found:
-        found += [child for child, parent in parents.items() if parent == one]
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are found in /proc")
-def test_signals_to_every_process_during_an_evaluation_leave_a_checkpoint(tiny_set, tmp_path):
-    """As batch schedulers stop a job, and repeat it: the workers must live on until the evaluation ends."""
-    flags = [*TINY, "--steps", 4, "--eval-every", 2, "--eval-episodes", 2, "--data-dir", tiny_set.parents[2]]
-    words = [sys.executable, ROOT / "algos/bc.py", *flags, "--runs-dir", tmp_path]
-    process = subprocess.Popen([*map(str, words)], env=ENVIRONMENT, start_new_session=True)
-    run = tmp_path / "bc" / "walker-walk" / tiny_set.name / "seed0"
-    wait_for_row(process, run, 2)
-    time.sleep(1)  # the evaluation, of a thousand frames, has begun
-    members = family(process.pid)
-    assert len(members) >= 4  # itself, the fork server, two workers
-    for _ in range(2):
-        for pid in members:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGTERM)
-        time.sleep(0.2)
-    assert process.wait(120) == 128 + signal.SIGTERM
-    assert checkpoints(run) == ["checkpoint-000000002"] and steps_of(run, "eval") == [2]
-    time.sleep(1)
-    stats = [Path(f"/proc/{pid}/stat") for pid in members]
-    assert all(not stat.exists() or ") Z " in stat.read_text() for stat in stats)  # gone, or waiting to be reaped
+    module = MODULES[algo]
+    for table in (module.TUNED, module.QUICK):
+        assert all(len(key) == 2 and entry.keys() <= vars(module.Args()).keys() for key, entry in table.items())
