@@ -562,6 +562,8 @@ def one_line_errors(kind, error, trace) -> None:
     """sys.excepthook: what a user can mend ends the process with one line."""
     if isinstance(error, OSError):
         error = UserError(f"{error.filename or kind.__name__}: {error.strerror or error}")
+    if isinstance(error, RuntimeError) and "loading state_dict" in str(error):  # of a run with other networks
+        error = UserError(" ".join(str(error).split())[:300])
     if isinstance(error, UserError | KeyboardInterrupt):
         print(f"error: {error}" if isinstance(error, UserError) else "interrupted", file=sys.stderr)
     else:
@@ -660,7 +662,8 @@ class Run:
         script = Path(sys.modules["__main__"].__file__).resolve()
         self.args, self.code, self.stop_signal = args, (script, HERE / "common.py"), 0
         self.path = run_folder(args, script.stem, dataset.path.name, dataset.source)
-        self.checkpoint, finished = self.path / "checkpoint.pt", self.path / "finished.json"
+        self.checkpoint, finished = self.path / "checkpoint.pt", (self.path / "finished.json").exists()
+        self.resumes = self.checkpoint.exists() and not args.overwrite
         if args.steps == 0:
             raise UserError("no updates are asked for: there is nothing to do")
         self.path.mkdir(parents=True, exist_ok=True)
@@ -669,14 +672,12 @@ class Run:
             self.lock.acquire(timeout=0.3)  # benchmark.sh looks at a lock by taking it for an instant
         except filelock.Timeout:
             raise UserError(f"{self.path} is in use by another process") from None
-        for entry in set(self.path.iterdir()) - {self.path / ".lock"} if args.overwrite else ():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         self.config = {"algo": script.stem, "script": hashlib.sha256(script.read_bytes()).hexdigest()[:12]}
         self.config |= {"dataset": dataset.facts(), "typed": args.typed, "resumed": []}
-        if finished.exists() or self.checkpoint.exists():
-            self.compare(read(self.path / "config.json"), finished.exists())
-        if finished.exists():
-            print(f"{self.path} is finished: {finished.read_text()}")
+        if self.resumes or finished and not args.overwrite:
+            self.compare(read(self.path / "config.json"), finished)
+        if finished and not args.overwrite:
+            print(f"{self.path} is finished; --evaluate it, or --overwrite")
             raise SystemExit(0)
         if args.eval_every is None:
             args.eval_every = -(-args.steps // 20)
@@ -702,7 +703,10 @@ class Run:
         the step, 0 for a new run. From here on SIGTERM and Ctrl-C ask for a checkpoint."""
         saved, here = {"step": 0, "wall_s": 0.0, "sizes": {}}, provenance(self.args.device)
         config = self.config | here
-        if self.checkpoint.exists():
+        for entry in self.path.iterdir() if self.args.overwrite else ():  # only now: the command has turned out right
+            if entry.name != ".lock":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if self.resumes:
             saved, config = read(self.checkpoint), read(self.path / "config.json")
             config["resumed"].append(here)
             for name, thing in objects.items():

@@ -518,7 +518,7 @@ class Agent(nn.Module):
             _, hat = expand_values(reward, self.critic(feat, action).amin(0), args.gamma, args.td_lambda)
             loss = -(hat + args.actor_ent * entropy).mean()
         else:  # the actor cannot change state 0; entropy^0 goes with state 1
-            hat, _ = expand_values(reward, self.critic_target(feat, action)[0], args.gamma, args.td_lambda)
+            hat = expand_values(reward, self.critic_target(feat, action)[0], args.gamma, args.td_lambda)[0]  # V
             weight = args.gamma ** torch.arange(args.horizon - 1, device=feat.device)[:, None]
             loss = -(weight * (hat[1:] + args.actor_ent * entropy[:-1])).mean()
         # row       t          t+1          arrival rows: the action that was taken in feat[t] lies in the next row
@@ -657,10 +657,10 @@ class OnlineBuffer(common.SequenceBuffer):
         """One episode: images (T+1, 3, S, S) uint8, actions (T, A), rewards (T,); stored as arrival rows."""
         first, last = sum(self.online), sum(self.online) + len(actions)
         self.files["image"][first : last + 1] = images
-        for name, values in {"action": actions, "reward": rewards, "discount": 1}.items():
-            self.files[name][first] = name == "discount"
+        for name, values in {"action": actions, "reward": rewards}.items():
+            self.files[name][first] = 0
             self.files[name][first + 1 : last + 1] = values
-        self.files["discount"][last] = not terminal
+        self.files["discount"][first : last + 1] = [*[1] * len(actions), not terminal]
         self.online.append(len(images))
         self.take_in(len(self.online) - 1)
 
@@ -670,7 +670,6 @@ class OnlineBuffer(common.SequenceBuffer):
         ours = slice(self.set_rows + first, self.set_rows + first + count)
         for name in ("action", "reward", "discount"):
             getattr(self, name)[ours] = torch.from_numpy(self.files[name][first : first + count])
-        self.is_first[ours.start] = True
         if self.on_gpu:
             self.images[-1][first : first + count] = torch.from_numpy(self.files["image"][first : first + count])
         self.set_lengths(torch.cat([self.lengths, torch.tensor([count])]))
@@ -762,13 +761,15 @@ def main(args: Args) -> None:
     pool = common.evaluation_pool(args, dataset.facts(), 1)
     rows, repeat = 0, 1
     if args.online_episodes:
-        alone = replace(args, eval_episodes=1, eval_every=1)
-        episode_pool = common.evaluation_pool(alone, dataset.facts(), 1)
-        repeat = episode_pool.spec["action_repeat"]
-        rows = args.online_episodes * (episode_pool.spec["episode_steps"] + 1)
+        one = replace(args, eval_episodes=1, eval_every=1)  # whatever --eval-every says
+        episode_pool = common.evaluation_pool(one, dataset.facts(), 1)
+        repeat, length = episode_pool.spec["action_repeat"], episode_pool.spec["episode_steps"] + 1
+        if length < args.window:
+            raise UserError(f"--window {args.window}: online episodes have {length} rows, none would be drawn")
+        rows = args.online_episodes * length
     agent = Agent(args, dataset.action_dim).to(args.device)
     common.accelerate(agent, args)
-    if args.offline_from and not run.checkpoint.exists():
+    if args.offline_from and not run.resumes:
         agent.load_state_dict(common.read(f"{args.offline_from}/offline.pt"))
     buffer = OnlineBuffer(dataset, args, rows)
     step = run.begin(agent=agent, buffer=buffer)  # 0, or where the checkpoint was written
