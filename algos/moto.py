@@ -105,8 +105,7 @@ class Args:
 
 
 TUNED = {  # DIFF 8
-    ("metaworld-*", "*"): {"offline_steps": 1_000, "online_episodes": 1_000, "bc_filter": "success",
-                           "eval_episodes": 20},
+    ("metaworld-*", "*"): {"offline_steps": 1000, "online_episodes": 1000, "bc_filter": "success", "eval_episodes": 20},
     ("kitchen-*", "*"): {"offline_steps": 10_000, "online_episodes": 1_326, "updates_per_episode": 50,
                          "bc_filter": "success", "bc_success_reward": 4.0, "eval_episodes": 20},
     ("kitchen-partial", "*"): {"bc_success_reward": 3.0},  # no demonstration solves its four; any three count (C.1)
@@ -380,9 +379,7 @@ class Actor(nn.Module):
 
 
 class Critics(nn.Module):
-    """Two Q networks; under --value dreamer one V, which sees no action.
-
-    feat (..., F), action (..., A)  ->  (2 or 1, ...) float32."""
+    """Two Q networks; under --value dreamer one V, which sees no action. (..., F), (..., A)  ->  (2 or 1, ...)."""
 
     def __init__(self, feat_dim: int, action_dim: int, args: Args):
         super().__init__()
@@ -421,8 +418,7 @@ def expand_values(reward: Tensor, value: Tensor, gamma: float, td_lambda: float)
         expanded = reward[t] + gamma * hat
         hat = (1 - td_lambda) * value[t] + td_lambda * expanded
         found.append((expanded, hat))
-    expanded, hat = (torch.stack(parts[::-1]) for parts in zip(*found))
-    return expanded, hat
+    return tuple(torch.stack(parts[::-1]) for parts in zip(*found))
 
 
 class Agent(nn.Module):
@@ -597,8 +593,7 @@ class Agent(nn.Module):
         """The actor's mode, or a draw, and the filter's next state. obs (B, 3, 64, 64) uint8, arrived at by action
         (B, A); state: what the last call returned, None at an episode's first image."""
         first = torch.full((len(obs), 1), state is None, device=obs.device)
-        embed = self.model.embed(obs)[:, None]
-        states, _ = self.model.rssm.observe(embed, action[:, None], first, state)
+        states, _ = self.model.rssm.observe(self.model.embed(obs)[:, None], action[:, None], first, state)
         state = State(*(part[:, 0] for part in states))
         policy = self.actor(state.feat)
         return policy.sample() if draw else policy.loc, state
@@ -638,15 +633,14 @@ class OnlineBuffer(common.SequenceBuffer):
         shapes = {"image": (3, SIZE, SIZE), "action": (self.action_dim,), "reward": (), "discount": ()}
         for name, shape in shapes.items():
             file = folder / f"{name}.npy"
-            if not self.online:
-                try:
-                    array = np.lib.format.open_memmap(file, "w+", common.ARRAYS[name], (self.rows, *shape))
-                    if hasattr(os, "posix_fallocate"):  # macOS has none
-                        with open(file, "r+b") as handle:  # a full disk would be a bus error later
-                            os.posix_fallocate(handle.fileno(), 0, array.offset + array.nbytes)
-                except OSError as error:
-                    reason = f"no room for {self.rows:,} rows of own episodes ({error.strerror})"
-                    raise UserError(f"{file}: {reason}") from None
+            try:
+                if not self.online:
+                    np.lib.format.open_memmap(file, "w+", common.ARRAYS[name], (self.rows, *shape))
+                    if hasattr(os, "posix_fallocate"):  # macOS has none; a full disk would be a bus error later
+                        with open(file, "r+b") as handle:
+                            os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
+            except OSError as error:
+                raise UserError(f"{file}: no room for {self.rows:,} rows of own episodes ({error.strerror})") from None
             self.files[name] = np.load(file, mmap_mode="r+")
         frames = torch.from_numpy(self.files["image"])
         self.images.append(frames.to(self.device) if self.on_gpu else frames)
@@ -670,6 +664,7 @@ class OnlineBuffer(common.SequenceBuffer):
         ours = slice(self.set_rows + first, self.set_rows + first + count)
         for name in ("action", "reward", "discount"):
             getattr(self, name)[ours] = torch.from_numpy(self.files[name][first : first + count])
+        self.is_first[ours.start] = True
         if self.on_gpu:
             self.images[-1][first : first + count] = torch.from_numpy(self.files["image"][first : first + count])
         self.set_lengths(torch.cat([self.lengths, torch.tensor([count])]))
