@@ -218,7 +218,7 @@ class Priors(nn.Module):
     """The ensemble: N networks of two layers from the recurrent state to the distribution of the stochastic one.
 
     A weight of all N is one tensor, so a member that is not drawn has a gradient of zero: its moments and the decay go
-    on. In the released code it has none and stays as it is."""
+    on. In the released code of Offline DV2 it has none and stays as it is."""
 
     def __init__(self, ensemble: int, deter: int, hidden: int, outputs: int):
         super().__init__()
@@ -752,6 +752,8 @@ def main(args: Args) -> None:
         args.offline_steps = args.model_first = 0
     if args.offline_steps is None:
         args.offline_steps = dataset.num_transitions  # DIFF 8
+    if args.model_first > args.offline_steps:
+        raise UserError(f"--model-first {args.model_first}: at most --offline-steps, {args.offline_steps}")
     run = common.Run(args, dataset)  # its folder and lock; seeds torch and NumPy
     pool = common.evaluation_pool(args, dataset.facts(), 1)
     rows, repeat = 0, 1
@@ -787,7 +789,7 @@ def main(args: Args) -> None:
         if step % args.target_every == 0:
             agent.critic_target.load_state_dict(agent.critic.state_dict())
         run.advance(step)
-        if run.log_due:
+        if run.log_due or step == args.offline_steps:
             run.log(phase, step, {name: value.item() for name, value in metrics.items()})  # the only .item()
         if step == args.offline_steps:  # for another run's --offline-from, optimisers included
             common.write_atomically(run.path / "offline.pt", agent.state_dict())

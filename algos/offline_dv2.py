@@ -198,7 +198,7 @@ class Priors(nn.Module):
     """The ensemble: N networks of two layers from the recurrent state to the distribution of the stochastic one.
 
     A weight of all N is one tensor, so a member that is not drawn has a gradient of zero: its moments and the decay go
-    on. In the released code it has none and stays as it is."""
+    on. In the released code of Offline DV2 it has none and stays as it is."""
 
     def __init__(self, ensemble: int, deter: int, hidden: int, outputs: int):
         super().__init__()
