@@ -173,7 +173,7 @@ def make_env(task: str, size: int | None = 84, frame_stack: int = 3, render: str
                 return Env(make_simulator(task, render), size, frame_stack, render, gl)
             return Env(DMCSimulator(task), size, frame_stack, render, gl)
     except ModuleNotFoundError as error:
-        how = "pip install -r requirements-manipulation.txt, in a full checkout"
+        how = "manipulation.py beside common.py, and pip install -r requirements-manipulation.txt"
         raise UserError(f"--task {task} needs {error.name}: {how}") from None
     except KeyError as error:
         raise UserError(f"--task {task}: no such task. There are: {error.args[0]}") from None
@@ -562,6 +562,8 @@ def one_line_errors(kind, error, trace) -> None:
     """sys.excepthook: what a user can mend ends the process with one line."""
     if isinstance(error, OSError):
         error = UserError(f"{error.filename or kind.__name__}: {error.strerror or error}")
+    if isinstance(error, RuntimeError) and "loading state_dict" in str(error):  # of a run with other networks
+        error = UserError(" ".join(str(error).split())[:300])
     if isinstance(error, UserError | KeyboardInterrupt):
         print(f"error: {error}" if isinstance(error, UserError) else "interrupted", file=sys.stderr)
     else:
@@ -576,7 +578,7 @@ def parse_args(args_class, tuned: dict, quick: dict):
     if args.device == "auto":
         args.device = "cuda" if cuda else "cpu"
     if args.device == "cuda" and not cuda or args.buffer_device == "cuda" and args.device == "cpu":
-        raise UserError("--device cuda, --buffer-device cuda: there is no CUDA device here, or --device cpu")
+        raise UserError(f"--device {args.device} --buffer-device {args.buffer_device}: there is no CUDA device here")
     if args.precision == "auto":  # bf16 where it is native: emulation is slower than fp32
         native = " avx512_bf16" in CPU_INFO or " amx_bf16" in CPU_INFO
         native = torch.cuda.get_device_capability() >= (8, 0) if args.device == "cuda" else native
@@ -609,6 +611,7 @@ def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
         merged |= {"device": "auto", "precision": "auto", "buffer_device": "auto", "eval_every": None}
     args = tyro.cli(args_class, args=argv, default=dataclasses.replace(args_class(), **merged), config=config)
     check_ranges(args)
+    args.eval_every = None if first.evaluate else args.eval_every
     if not re.fullmatch(r"([\w-][\w.-]*)?", args.tag):
         raise UserError(f"--tag {args.tag}: letters, digits, - and _")
     if args.transitions and (own or args.source != "made"):
@@ -635,6 +638,8 @@ def evaluation_pool(args, facts: dict, frame_stack: int = 3) -> EnvPool | None:
     if args.eval_every == 0:
         return None
     wanted = f"{facts['set']} is of task {facts['task']} with {facts['action_dim']} action dimensions"
+    if facts["mujoco"] not in (None, importlib.metadata.version("mujoco")):
+        print(f"warning: the data was rendered with mujoco {facts['mujoco']}, another than is installed here")
     if facts["task"] == "own":
         raise UserError(f"{wanted}: there is none to evaluate in; train with --eval-every 0")
     pool = EnvPool(facts["task"], facts["size"], args.eval_episodes, frame_stack, facts["render"])
@@ -651,7 +656,7 @@ def run_folder(args, algo: str, set_name: str, source: str) -> Path:
 
 
 class Run:
-    """A run's folder: lock, configuration, copies of the code, metrics, checkpoint. Seeds torch and NumPy.
+    """A run's folder: lock, configuration, copies of the code, metrics, checkpoint. Seeds torch: draw from it alone.
 
     The same command continues what is there. Raises UserError where that has other flags, data or code, or where
     another process runs in it; SystemExit(0) where it is finished. log_due, eval_due, checkpoint_due: see advance()."""
@@ -660,7 +665,8 @@ class Run:
         script = Path(sys.modules["__main__"].__file__).resolve()
         self.args, self.code, self.stop_signal = args, (script, HERE / "common.py"), 0
         self.path = run_folder(args, script.stem, dataset.path.name, dataset.source)
-        self.checkpoint, finished = self.path / "checkpoint.pt", self.path / "finished.json"
+        self.config = {"algo": script.stem, "script": hashlib.sha256(script.read_bytes()).hexdigest()[:12]}
+        self.config |= {"dataset": dataset.facts(), "typed": args.typed, "resumed": []}
         if args.steps == 0:
             raise UserError("no updates are asked for: there is nothing to do")
         self.path.mkdir(parents=True, exist_ok=True)
@@ -669,32 +675,32 @@ class Run:
             self.lock.acquire(timeout=0.3)  # benchmark.sh looks at a lock by taking it for an instant
         except filelock.Timeout:
             raise UserError(f"{self.path} is in use by another process") from None
-        for entry in set(self.path.iterdir()) - {self.path / ".lock"} if args.overwrite else ():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        self.config = {"algo": script.stem, "script": hashlib.sha256(script.read_bytes()).hexdigest()[:12]}
-        self.config |= {"dataset": dataset.facts(), "typed": args.typed, "resumed": []}
-        if finished.exists() or self.checkpoint.exists():
-            self.compare(read(self.path / "config.json"), finished.exists())
-        if finished.exists():
-            print(f"{self.path} is finished: {finished.read_text()}")
+        self.checkpoint = self.path / "checkpoint.pt"
+        finished = (self.path / "finished.json").exists() and not args.overwrite
+        self.resumes = self.checkpoint.exists() and not args.overwrite
+        if finished or self.resumes:
+            self.compare(read(self.path / "config.json"), finished)
+        if finished:
+            print(f"{self.path} is finished; --evaluate it, or --overwrite")
             raise SystemExit(0)
         if args.eval_every is None:
             args.eval_every = -(-args.steps // 20)
         torch.manual_seed(args.seed)
-        np.random.seed(args.seed)
 
     def compare(self, old: dict, finished: bool) -> None:
-        """Raises UserError where this command is not the one that began the run. --steps may grow until it is over."""
-        if self.args.eval_every is None:
-            self.args.eval_every = old["args"]["eval_every"]
-        was, now = old["args"] | {"script": old["script"]}, dataclasses.asdict(self.args)
-        was["data"], now["data"] = old["dataset"]["hash"], self.config["dataset"]["hash"]
-        now["script"] = self.config["script"]
-        changed = {name for name in now if name not in FREE_FLAGS and was.get(name) != now[name]}
-        if not finished and was.get("steps", math.inf) < self.args.steps:
-            changed -= {"steps"}
-        if changed:
-            listed = ", ".join(f"--{name.replace('_', '-')} {was.get(name)} -> {now[name]}" for name in sorted(changed))
+        """Raises UserError where this command is not the one that began the run. --steps may grow until it is over.
+        What the run found out by itself when it began, its precision too, stays."""
+        for name in ("eval_every", "precision"):
+            if self.args.typed[name] in (None, "auto"):
+                setattr(self.args, name, old["args"][name])
+        flags = {name: value for name, value in dataclasses.asdict(self.args).items() if name not in FREE_FLAGS}
+        pairs = {f"--{name.replace('_', '-')}": (old["args"].get(name), value) for name, value in flags.items()}
+        if "steps" in flags and not finished and old["args"]["steps"] < self.args.steps:
+            del pairs["--steps"]
+        pairs["data"] = old["dataset"]["hash"], self.config["dataset"]["hash"]
+        pairs[f"{self.code[0].name} (diff it with the copy there)"] = old["script"], self.config["script"]
+        if changed := [f"{name} {was} -> {now}" for name, (was, now) in pairs.items() if was != now]:
+            listed = ", ".join(changed)
             raise UserError(f"{self.path} holds another run: {listed}. Give this one a --tag, or --overwrite")
 
     def begin(self, **objects) -> int:
@@ -702,7 +708,12 @@ class Run:
         the step, 0 for a new run. From here on SIGTERM and Ctrl-C ask for a checkpoint."""
         saved, here = {"step": 0, "wall_s": 0.0, "sizes": {}}, provenance(self.args.device)
         config = self.config | here
-        if self.checkpoint.exists():
+        if self.args.overwrite:  # not earlier: most of what can be wrong with a command has shown by now
+            first = ("finished.json", "checkpoint.pt")
+            for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name not in first):
+                if entry.name != ".lock":
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if self.resumes:
             saved, config = read(self.checkpoint), read(self.path / "config.json")
             config["resumed"].append(here)
             for name, thing in objects.items():
@@ -717,7 +728,7 @@ class Run:
             write_atomically(self.path / file.name, file.read_bytes())
         config["args"] = dataclasses.asdict(self.args)
         write_atomically(self.path / "config.json", json.dumps(config, indent=1).encode())
-        self.saved = time.monotonic()
+        self.saved, self.columns = time.monotonic(), {}
         self.begun = self.saved - saved["wall_s"]  # as if all had been one process
         self.bar = tqdm(total=self.args.steps, initial=saved["step"], unit="update", mininterval=BAR_SECONDS)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -728,12 +739,14 @@ class Run:
         self.stop_signal = number
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers repeat it
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(2, b"\nstopping after this update, with a checkpoint (Ctrl-C: at once)\n")  # print may be mid-line
+        os.write(
+            2, b"\nstopping after this update or evaluation, with a checkpoint (Ctrl-C: at once)\n"
+        )  # print may be mid-line
 
     def advance(self, step: int) -> None:
         """Once after every update: moves the progress bar and decides what is due. Evaluations: 20 a run, and at its
         end. Checkpoints: at every evaluation (also where --eval-every is 0), every five minutes, when asked to stop.
-        Metrics: every --log-every, and before every checkpoint, so that none is written after a NaN."""
+        Metrics: every --log-every, and before every checkpoint: none is written after one that is not finite."""
         self.bar.update(1)
         every = self.args.eval_every or -(-self.args.steps // 20)
         self.eval_due = step % every == 0 or step == self.args.steps
@@ -749,6 +762,8 @@ class Run:
             row |= {f"{name}_{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}
         if bad := [name for name, value in row.items() if not math.isfinite(value)]:
             raise UserError(f"{', '.join(bad)} not finite at step {step}; {self.path} keeps the checkpoint before")
+        if self.columns.setdefault(part, list(row)) != list(row):
+            raise UserError(f"{self.path}/{part}.csv has other columns: log the same metrics every time")
         with open(self.path / f"{part}.csv", "a", newline="") as file:
             csv.writer(file).writerows([row, row.values()] if file.tell() == 0 else [row.values()])
         if part == "eval":

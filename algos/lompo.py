@@ -4,7 +4,8 @@ critics on its latent states, half of them the data's, half imagined with a rewa
     model   deter_t = GRU(deter_{t-1}, stoch_{t-1}, action_t);  stoch_t: diagonal normal, feat_t = (stoch_t, deter_t)
             post_t = q(. | deter_t, image_t);  prior_t = p_k(. | deter_t), k drawn from 1..N once per time step
             L = -log p(image | feat) - log p(reward | feat) + KL(post || prior)
-    penalty u = std_k log p_k(stoch' | deter')  of the state arrived at (Eq. 9 has the variance: --penalty log_prob_var)
+    penalty u = std_k log p_k(stoch' | deter')  of the state arrived at (Eq. 9 has the variance: --penalty log_prob_var,
+            and the mean reward of every member's draw; here and in the released code it is the drawn one's)
     agent   y = r~ + gamma discount min_j Q'_j(s', pi(s')),  r~ = reward (data), reward - penalty_coef * u (imagined)
             L_Q = sum_j (Q_j(s, a) - y)^2,  L_pi = -min_j Q_j(s, pi(s)),  s = feat
 
@@ -21,7 +22,7 @@ Differs from the released code, as V-D4RL's fork has it (marked DIFF n where it 
   DIFF 6: --precision auto is bf16 autocast where the hardware has it; theirs fp32.
   DIFF 7: an evaluation is ten seeded episodes, the last one of the final weights; theirs is one, unseeded.
   DIFF 8: a real transition's discount is the set's, 0 after a terminal step; theirs takes no step as terminal.
-  DIFF 9: Adam adds eps to the corrected root of the second moment; theirs to the raw one: first steps are shorter.
+  DIFF 9: Adam adds eps to the corrected root of the second moment; theirs to the raw one: its first steps are shorter.
 Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
 
 import math
@@ -57,9 +58,7 @@ class Args:
     quick: bool = False  # a small setting that shows learning on two CPU cores; no benchmark row
     evaluate: str | None = None  # a finished run's folder: evaluate it, write a video, stop
     model_from: str | None = None  # a finished run's folder: its world model, no first phase; give a --tag
-    model_steps: Whole | None = (
-        None  # gradient updates of the world model; None: 25,000 for 100,000 transitions (DIFF 3)
-    )
+    model_steps: Whole | None = None  # updates of the world model; None: 25,000 for 100,000 transitions (DIFF 3)
     agent_steps: Whole | None = None  # gradient updates of the agent; None: 150,000 for 100,000 (DIFF 3)
     batch_size: Count = 64  # windows
     window: Count = 50  # rows per window
@@ -185,7 +184,7 @@ class Priors(nn.Module):
     """The ensemble: N networks of two layers from the recurrent state to the distribution of the stochastic one.
 
     A weight of all N is one tensor, so a member that is not drawn has a gradient of zero: its moments and the decay go
-    on. In the released code it has none and stays as it is."""
+    on. In the released code of Offline DV2 it has none and stays as it is."""
 
     def __init__(self, ensemble: int, deter: int, hidden: int, outputs: int):
         super().__init__()
@@ -324,7 +323,7 @@ def log_prob_std(priors: Normal, stoch: Tensor) -> Tensor:
 
 
 def log_prob_var(priors: Normal, stoch: Tensor) -> Tensor:
-    """Its variance, as the paper has it; hundreds where there are 64 variables."""
+    """Variance of it, as the paper has it; hundreds where there are 64 variables."""
     return priors.log_prob(stoch).var(0, correction=0)
 
 
@@ -659,7 +658,7 @@ def main(args: Args) -> None:
     buffer = common.SequenceBuffer(dataset, args.batch_size, args.window, args.seed, args.device, args.buffer_device)
     agent = Agent(args, buffer.action_dim).to(args.device)
     common.accelerate(agent, args)
-    if args.model_from and not run.checkpoint.exists():
+    if args.model_from and not run.resumes:
         weights = common.read(f"{args.model_from}/weights.pt").items()
         agent.model.load_state_dict({k.removeprefix("model."): v for k, v in weights if k.startswith("model.")})
     latent, embeds = LatentBuffer(buffer, agent.model.feat_dim), None

@@ -105,8 +105,7 @@ class Args:
 
 
 TUNED = {  # DIFF 8
-    ("metaworld-*", "*"): {"offline_steps": 1_000, "online_episodes": 1_000, "bc_filter": "success",
-                           "eval_episodes": 20},
+    ("metaworld-*", "*"): {"offline_steps": 1000, "online_episodes": 1000, "bc_filter": "success", "eval_episodes": 20},
     ("kitchen-*", "*"): {"offline_steps": 10_000, "online_episodes": 1_326, "updates_per_episode": 50,
                          "bc_filter": "success", "bc_success_reward": 4.0, "eval_episodes": 20},
     ("kitchen-partial", "*"): {"bc_success_reward": 3.0},  # no demonstration solves its four; any three count (C.1)
@@ -219,7 +218,7 @@ class Priors(nn.Module):
     """The ensemble: N networks of two layers from the recurrent state to the distribution of the stochastic one.
 
     A weight of all N is one tensor, so a member that is not drawn has a gradient of zero: its moments and the decay go
-    on. In the released code it has none and stays as it is."""
+    on. In the released code of Offline DV2 it has none and stays as it is."""
 
     def __init__(self, ensemble: int, deter: int, hidden: int, outputs: int):
         super().__init__()
@@ -380,9 +379,7 @@ class Actor(nn.Module):
 
 
 class Critics(nn.Module):
-    """Two Q networks; under --value dreamer one V, which sees no action.
-
-    feat (..., F), action (..., A)  ->  (2 or 1, ...) float32."""
+    """Two Q networks; under --value dreamer one V, which sees no action. (..., F), (..., A)  ->  (2 or 1, ...)."""
 
     def __init__(self, feat_dim: int, action_dim: int, args: Args):
         super().__init__()
@@ -421,8 +418,7 @@ def expand_values(reward: Tensor, value: Tensor, gamma: float, td_lambda: float)
         expanded = reward[t] + gamma * hat
         hat = (1 - td_lambda) * value[t] + td_lambda * expanded
         found.append((expanded, hat))
-    expanded, hat = (torch.stack(parts[::-1]) for parts in zip(*found))
-    return expanded, hat
+    return tuple(torch.stack(parts[::-1]) for parts in zip(*found))
 
 
 class Agent(nn.Module):
@@ -518,7 +514,7 @@ class Agent(nn.Module):
             _, hat = expand_values(reward, self.critic(feat, action).amin(0), args.gamma, args.td_lambda)
             loss = -(hat + args.actor_ent * entropy).mean()
         else:  # the actor cannot change state 0; entropy^0 goes with state 1
-            hat, _ = expand_values(reward, self.critic_target(feat, action)[0], args.gamma, args.td_lambda)
+            hat = expand_values(reward, self.critic_target(feat, action)[0], args.gamma, args.td_lambda)[0]  # V
             weight = args.gamma ** torch.arange(args.horizon - 1, device=feat.device)[:, None]
             loss = -(weight * (hat[1:] + args.actor_ent * entropy[:-1])).mean()
         # row       t          t+1          arrival rows: the action that was taken in feat[t] lies in the next row
@@ -597,8 +593,7 @@ class Agent(nn.Module):
         """The actor's mode, or a draw, and the filter's next state. obs (B, 3, 64, 64) uint8, arrived at by action
         (B, A); state: what the last call returned, None at an episode's first image."""
         first = torch.full((len(obs), 1), state is None, device=obs.device)
-        embed = self.model.embed(obs)[:, None]
-        states, _ = self.model.rssm.observe(embed, action[:, None], first, state)
+        states, _ = self.model.rssm.observe(self.model.embed(obs)[:, None], action[:, None], first, state)
         state = State(*(part[:, 0] for part in states))
         policy = self.actor(state.feat)
         return policy.sample() if draw else policy.loc, state
@@ -638,15 +633,14 @@ class OnlineBuffer(common.SequenceBuffer):
         shapes = {"image": (3, SIZE, SIZE), "action": (self.action_dim,), "reward": (), "discount": ()}
         for name, shape in shapes.items():
             file = folder / f"{name}.npy"
-            if not self.online:
-                try:
-                    array = np.lib.format.open_memmap(file, "w+", common.ARRAYS[name], (self.rows, *shape))
-                    if hasattr(os, "posix_fallocate"):  # macOS has none
-                        with open(file, "r+b") as handle:  # a full disk would be a bus error later
-                            os.posix_fallocate(handle.fileno(), 0, array.offset + array.nbytes)
-                except OSError as error:
-                    reason = f"no room for {self.rows:,} rows of own episodes ({error.strerror})"
-                    raise UserError(f"{file}: {reason}") from None
+            try:
+                if not self.online:
+                    np.lib.format.open_memmap(file, "w+", common.ARRAYS[name], (self.rows, *shape))
+                    if hasattr(os, "posix_fallocate"):  # macOS has none; a full disk would be a bus error later
+                        with open(file, "r+b") as handle:
+                            os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
+            except OSError as error:
+                raise UserError(f"{file}: no room for {self.rows:,} rows of own episodes ({error.strerror})") from None
             self.files[name] = np.load(file, mmap_mode="r+")
         frames = torch.from_numpy(self.files["image"])
         self.images.append(frames.to(self.device) if self.on_gpu else frames)
@@ -657,10 +651,10 @@ class OnlineBuffer(common.SequenceBuffer):
         """One episode: images (T+1, 3, S, S) uint8, actions (T, A), rewards (T,); stored as arrival rows."""
         first, last = sum(self.online), sum(self.online) + len(actions)
         self.files["image"][first : last + 1] = images
-        for name, values in {"action": actions, "reward": rewards, "discount": 1}.items():
-            self.files[name][first] = name == "discount"
+        for name, values in {"action": actions, "reward": rewards}.items():
+            self.files[name][first] = 0
             self.files[name][first + 1 : last + 1] = values
-        self.files["discount"][last] = not terminal
+        self.files["discount"][first : last + 1] = [*[1] * len(actions), not terminal]
         self.online.append(len(images))
         self.take_in(len(self.online) - 1)
 
@@ -758,17 +752,21 @@ def main(args: Args) -> None:
         args.offline_steps = args.model_first = 0
     if args.offline_steps is None:
         args.offline_steps = dataset.num_transitions  # DIFF 8
+    if args.model_first > args.offline_steps:
+        raise UserError(f"--model-first {args.model_first}: at most --offline-steps, {args.offline_steps}")
     run = common.Run(args, dataset)  # its folder and lock; seeds torch and NumPy
     pool = common.evaluation_pool(args, dataset.facts(), 1)
     rows, repeat = 0, 1
     if args.online_episodes:
-        alone = replace(args, eval_episodes=1, eval_every=1)
-        episode_pool = common.evaluation_pool(alone, dataset.facts(), 1)
-        repeat = episode_pool.spec["action_repeat"]
-        rows = args.online_episodes * (episode_pool.spec["episode_steps"] + 1)
+        one = replace(args, eval_episodes=1, eval_every=1)  # whatever --eval-every says
+        episode_pool = common.evaluation_pool(one, dataset.facts(), 1)
+        repeat, length = episode_pool.spec["action_repeat"], episode_pool.spec["episode_steps"] + 1
+        if length < args.window:
+            raise UserError(f"--window {args.window}: online episodes have {length} rows, none would be drawn")
+        rows = args.online_episodes * length
     agent = Agent(args, dataset.action_dim).to(args.device)
     common.accelerate(agent, args)
-    if args.offline_from and not run.checkpoint.exists():
+    if args.offline_from and not run.resumes:
         agent.load_state_dict(common.read(f"{args.offline_from}/offline.pt"))
     buffer = OnlineBuffer(dataset, args, rows)
     step = run.begin(agent=agent, buffer=buffer)  # 0, or where the checkpoint was written
@@ -791,7 +789,7 @@ def main(args: Args) -> None:
         if step % args.target_every == 0:
             agent.critic_target.load_state_dict(agent.critic.state_dict())
         run.advance(step)
-        if run.log_due:
+        if run.log_due or step == args.offline_steps:
             run.log(phase, step, {name: value.item() for name, value in metrics.items()})  # the only .item()
         if step == args.offline_steps:  # for another run's --offline-from, optimisers included
             common.write_atomically(run.path / "offline.pt", agent.state_dict())

@@ -14,13 +14,13 @@ actor and a critic trained inside it on the reward minus the disagreement of an 
 Dims: B windows, T rows of a window, M = B T states, H horizon, A action, E embedding, S stoch, K classes, D deter,
 F = S K + D feat, N ensemble.
 Differs from the released code (marked DIFF n where it happens; docs/offline_dv2.md has the reasons):
-  DIFF 1: 800 and 2,400 epochs (Table 7) of a set of any size; theirs 25,100 and 200,000 updates, after a joint one.
+  DIFF 1: 800 and 2,400 epochs (Table 7) of a set of any size; theirs 25,100 and 200,000 updates, one more of both.
   DIFF 2: penalty_coef 10, 3 for random sets, 8 for walker-walk mixed, in the paper's range of 3 to 10; theirs 5.
   DIFF 3: the critic's target starts as its copy; theirs is another network until the first update is over.
   DIFF 4: the encoder is frozen and deterministic in the second phase, so the set is embedded once: the same numbers.
   DIFF 5: --precision auto is bf16 autocast where the hardware has it; theirs float16 with a scaled loss.
   DIFF 6: an evaluation is ten seeded episodes, the last one of the final weights; theirs is one, unseeded.
-  DIFF 7: AdamW adds eps to the corrected root of the second moment; theirs to the raw one: first steps are shorter.
+  DIFF 7: AdamW adds eps to the corrected root of the second moment; theirs to the raw one: its first steps are shorter.
 Cost and scores: results/summary.csv (measured, one row per task, dataset, seed, commit)."""
 
 import math
@@ -198,7 +198,7 @@ class Priors(nn.Module):
     """The ensemble: N networks of two layers from the recurrent state to the distribution of the stochastic one.
 
     A weight of all N is one tensor, so a member that is not drawn has a gradient of zero: its moments and the decay go
-    on. In the released code it has none and stays as it is."""
+    on. In the released code of Offline DV2 it has none and stays as it is."""
 
     def __init__(self, ensemble: int, deter: int, hidden: int, outputs: int):
         super().__init__()
@@ -638,7 +638,7 @@ def main(args: Args) -> None:
     dataset = common.open_dataset(args, SIZE)  # a standard set is made on the spot if it is missing
     if dataset.size != SIZE:
         raise UserError(f"{dataset.path} has images of {dataset.size} px; the decoder gives {SIZE}")
-    epoch = dataset.num_transitions / (args.batch_size * args.window)  # updates in which as many rows are drawn
+    epoch = dataset.num_transitions / (args.batch_size * args.window)  # updates that draw as many rows as the set has
     if args.model_from:
         args.model_steps = 0
     if args.model_steps is None:
@@ -650,7 +650,7 @@ def main(args: Args) -> None:
     buffer = common.SequenceBuffer(dataset, args.batch_size, args.window, args.seed, args.device, args.buffer_device)
     agent = Agent(args, buffer.action_dim).to(args.device)
     common.accelerate(agent, args)
-    if args.model_from and not run.checkpoint.exists():
+    if args.model_from and not run.resumes:
         weights = common.read(f"{args.model_from}/weights.pt").items()
         agent.model.load_state_dict({k.removeprefix("model."): v for k, v in weights if k.startswith("model.")})
     step, embeds = run.begin(agent=agent, buffer=buffer), None  # 0, or where the checkpoint was written
@@ -663,9 +663,9 @@ def main(args: Args) -> None:
                 embeds = agent.embed_set(buffer)
             batch = buffer.sample(images=False)
             metrics = agent.update_agent(batch, embeds[batch.row])
-            if (step + 1 - args.model_steps) % args.target_every == 0:
-                agent.critic_target.load_state_dict(agent.critic.state_dict())
         step += 1
+        if phase == "agent" and (step - args.model_steps) % args.target_every == 0:
+            agent.critic_target.load_state_dict(agent.critic.state_dict())
         run.advance(step)
         if run.log_due:
             run.log(phase, step, {name: value.item() for name, value in metrics.items()})  # the only .item()

@@ -77,7 +77,7 @@ def run_main(module, words, methods=UPDATES, crash=None, update=None, pool=None)
 
 class FourSteps(common.Env):
     """An environment without a simulator: episodes of four steps and two action dimensions. Frames and states are a
-    function of the seed and of all actions, the reward of the last action's first dimension."""
+    function of the seed and of all actions, the reward of the last action's first dimension; above 1 it is terminal."""
 
     spec = {"action_dim": 2, "action_repeat": 2, "return_per_score": 10, "episode_steps": 4}
 
@@ -92,8 +92,9 @@ class FourSteps(common.Env):
     def step(self, action: np.ndarray):
         self.history.append(np.asarray(action, np.float64))
         self.frames = [*self.frames[1:], self.frame()]
-        over, info = len(self.history) == 5, {"state": self.state(), "success": action[1] > 0}
-        return np.concatenate(self.frames), 1.0 + action[0], False, over, info
+        terminal, info = bool(action[0] > 1), {"state": self.state(), "success": action[1] > 0}
+        timeout = len(self.history) == 5 and not terminal
+        return np.concatenate(self.frames), 1.0 + action[0], terminal, timeout, info
 
     def state(self) -> np.ndarray:
         return np.mean(self.history, 0).astype(np.float32)

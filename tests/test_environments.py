@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -209,6 +210,7 @@ def test_finished_episodes_get_no_reward_and_keep_their_obs():
     assert pool.summary(np.array([70.0, 30.0])) == {"score": 5.0, "return": [70.0, 30.0]}  # a tenth of the return
     pool.reset([0, 1])
     assert not pool.done.any() and not pool.success.any()
+    assert pool.step(np.array([[2.0, 0.0], [0.5, 0.0]]))[2].tolist() == pool.done.tolist() == [True, False]
 
 
 def test_a_workers_exception_is_raised_here_with_its_traceback():
@@ -226,11 +228,12 @@ def test_a_killed_worker_is_named(moment):
         pool.reset([0, 1])
         victim = pool.workers[1][1]
         os.kill(victim.pid, signal.SIGKILL if moment == "idle" else signal.SIGSTOP)
-        with subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {victim.pid}"]):
-            if moment == "idle":
-                victim.join(10)
-            with pytest.raises(UserError, match="an environment worker died"):
-                pool.step(np.zeros((2, 6)))
+        if moment == "idle":
+            victim.join(10)
+        else:
+            threading.Timer(0.5, os.kill, (victim.pid, signal.SIGKILL)).start()
+        with pytest.raises(UserError, match="an environment worker died"):
+            pool.step(np.zeros((2, 6)))
 
 
 def test_workers_leave_signals_to_their_parent():

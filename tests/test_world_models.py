@@ -71,7 +71,6 @@ SETTINGS = [
     ("moto --quick", "kitchen-mixed", "mixed", QUICK_DEMOS | {"transitions": None}),
     ("moto --quick", "walker-walk", "mixed", {"transitions": 30_000, "offline_steps": 2_000, "online_episodes": 0,
                                               "model_first": 600, "actor_lr": 3e-4, "penalty_coef": 1.0}),
-    ("moto --quick --online-episodes 7", "walker-walk", "mixed", {"online_episodes": 7}),
     ("lompo --quick", "walker-walk", "mixed", {"transitions": 30_000, "steps": 5_800, "penalty_coef": 1.0}),
     ("offline_dv2 --quick", "walker-walk", "mixed", {"transitions": 30_000, "steps": 2_800, "penalty_coef": 1.0}),
 ]  # fmt: skip
