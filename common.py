@@ -71,7 +71,9 @@ def cores() -> int:
 def gl_backend() -> str:
     """What renders: $MUJOCO_GL if it names a backend, else EGL (cgl on macOS)."""
     wanted = os.environ.get("MUJOCO_GL", "").strip().lower()
-    return wanted if wanted not in GL_OFF else "cgl" if sys.platform == "darwin" else "egl"
+    if wanted not in GL_OFF:
+        return wanted
+    return "cgl" if sys.platform == "darwin" else "egl"
 
 
 class DMCSimulator:
@@ -189,12 +191,12 @@ def serve(pipe, count: int, kwargs: dict) -> None:
             function, arguments = pipe.recv()
             try:
                 envs = envs or [make_env(**kwargs) for _ in range(count)]
-                answer = [words if words is None else function(env, *words) for env, words in zip(envs, arguments)]
+                answer = [None if words is None else function(env, *words) for env, words in zip(envs, arguments)]
             except Exception as error:
                 trace = f"in an environment worker:\n{traceback.format_exc()}"
                 answer = error if isinstance(error, UserError) else RuntimeError(trace)
             pipe.send(answer)
-    os._exit(0)  # nothing is left to do, and closing GL has an order
+    os._exit(0)  # without the hooks at exit: GL is freed with the process
 
 
 class EnvPool:
@@ -327,7 +329,8 @@ class Dataset:
         self.parts = [Part(Path(os.path.normpath(self.path / folder))) for folder in folders]
         if len(kinds := {part.kind for part in self.parts}) > 1:
             raise UserError(f"{self.path}: its parts differ in task, size, render quality or mujoco: {kinds}")
-        self.task, self.source, self.size, self.render, self.mujoco, self.action_dim = self.parts[0].kind
+        self.task, self.source, self.size, *others = self.parts[0].kind
+        self.render, self.mujoco, self.action_dim = others
         returns = np.concatenate([part.returns for part in self.parts])
         self.num_episodes, self.mean_return = len(returns), float(returns.mean())
         self.num_transitions = sum(len(part.reward) for part in self.parts) - self.num_episodes
@@ -341,7 +344,8 @@ class Dataset:
         names = ("action", "reward", "discount")
         action, reward, discount = (np.concatenate([getattr(part, n) for part in self.parts]) for n in names)
         good = (np.abs(action) <= 1 + 1e-6).all(1) & np.isfinite(reward) & (discount >= 0) & (discount <= 1)
-        for row in np.flatnonzero(~good)[:1]:
+        if not good.all():
+            row = np.flatnonzero(~good)[0]
             values = f"action {action[row]}, reward {reward[row]}, discount {discount[row]}"
             raise UserError(f"{self.path}: row {row} is not finite or out of range: {values}")
         return np.cumsum(lengths) - lengths, lengths, [action, reward, discount]
@@ -420,7 +424,7 @@ class Batch(NamedTuple):
     """obs, next_obs (B, 3 * frame_stack, S, S) uint8; action (B, A), reward and discount (B, 1) float32.
 
     reward: sum over k = 1..n of gamma^(k-1) reward[t+k], up to a terminal. discount: gamma^n, and 0 where a terminal
-    lies inside. Sorted by row of the set: a half of the batch is no random half."""
+    lies inside."""
 
     obs: Tensor
     action: Tensor
@@ -433,7 +437,7 @@ class TransitionBuffer(Buffer):
     """Uniform samples of n-step transitions, with replacement, from every complete window of a set.
 
     Frames are stored once and stacked as they are gathered: the rows before an episode's first are its first, so no
-    stack and no window crosses episodes. A batch comes sorted by row: its order carries no meaning, memory likes it."""
+    stack and no window crosses episodes. A batch comes sorted by row, for fast reading: a half of it is no random half."""
 
     def __init__(self, dataset: Dataset, batch_size: int, frame_stack: int = 3, nstep: int = 1, gamma: float = 0.99,
                  seed: int = 0, device="cpu", buffer_device: str = "cpu", next_obs: bool = True):  # fmt: skip
@@ -487,8 +491,7 @@ class Sequences(NamedTuple):
     row (B, T) int64, of the set.
 
     Arrival rows: action[:, t] led to image[:, t], which came with reward[:, t] and discount[:, t]. is_first: a window's
-    first row, before which nothing is known, and an episode's, where action and reward are 0. Sorted by row of the set:
-    a half of the batch is no random half."""
+    first row, before which nothing is known, and an episode's, where action and reward are 0. Sorted by row."""
 
     image: Tensor | None
     action: Tensor
@@ -724,8 +727,9 @@ class Run:
             print(f"continuing {self.path} at step {saved['step']}")
         for file in self.path.glob("*.csv"):
             os.truncate(file, saved["sizes"][file.name]) if file.name in saved["sizes"] else file.unlink()
-        for file in () if saved["step"] else self.code:
-            write_atomically(self.path / file.name, file.read_bytes())
+        if not self.resumes:
+            for file in self.code:
+                write_atomically(self.path / file.name, file.read_bytes())
         config["args"] = dataclasses.asdict(self.args)
         write_atomically(self.path / "config.json", json.dumps(config, indent=1).encode())
         self.saved, self.columns = time.monotonic(), {}
@@ -828,8 +832,9 @@ def accelerate(agent, args) -> None:
             ctypes.CDLL(None).mallopt(option, value)
     torch.backends.cudnn.benchmark = True  # the shapes never change
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"  # else fp32 would round what convolutions multiply
-    for loss in agent.LOSSES if args.accelerate == "compile" else ():
-        setattr(agent, loss, torch.compile(getattr(agent, loss), fullgraph=True, dynamic=False))
+    if args.accelerate == "compile":
+        for loss in agent.LOSSES:
+            setattr(agent, loss, torch.compile(getattr(agent, loss), fullgraph=True, dynamic=False))
 
 
 def save_video(path: Path, frames: list[np.ndarray]) -> None:
