@@ -437,7 +437,7 @@ class TransitionBuffer(Buffer):
     """Uniform samples of n-step transitions, with replacement, from every complete window of a set.
 
     Frames are stored once and stacked as they are gathered: the rows before an episode's first are its first, so no
-    stack and no window crosses episodes. A batch comes sorted by row, for fast reading: a half of it is no random half."""
+    stack and no window crosses episodes. A batch is sorted by row, to be read fast: a half of it is no random half."""
 
     def __init__(self, dataset: Dataset, batch_size: int, frame_stack: int = 3, nstep: int = 1, gamma: float = 0.99,
                  seed: int = 0, device="cpu", buffer_device: str = "cpu", next_obs: bool = True):  # fmt: skip
