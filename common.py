@@ -405,6 +405,7 @@ class Buffer:
         """rows (n,) int64, those of one part after those of another -> (n, 3, S, S) uint8. Any other order is an
         IndexError: within its part a row would be negative, or beyond the end."""
         source = self.images[0]
+        rows = rows.to(source.device)
         out = torch.empty((len(rows), *source.shape[1:]), dtype=torch.uint8, device=source.device,
                           pin_memory=self.device.type == "cuda" and not self.on_gpu)  # fmt: skip
         starts = np.cumsum([0, *map(len, self.images)]).tolist()
@@ -463,21 +464,16 @@ class TransitionBuffer(Buffer):
         columns = action[rows + 1], total[:, None].astype(np.float32), factor[:, None].astype(np.float32)
         self.action, self.reward, self.factor = (torch.from_numpy(column).to(self.device) for column in columns)
         self.rows, self.offset = torch.from_numpy(rows), torch.from_numpy(offset)
-        if self.on_gpu:
-            self.rows, self.offset = self.rows.to(self.device), self.offset.to(self.device)
 
     def sample(self) -> Batch:
-        index = torch.randint(len(self.rows), (self.batch_size,), generator=self.generator).sort().values
-        return self.gather(index.pin_memory() if self.device.type == "cuda" else index)  # pinned: the host runs ahead
+        return self.gather(torch.randint(len(self.rows), (self.batch_size,), generator=self.generator).sort().values)
 
     def gather(self, index: Tensor) -> Batch:
         """The transitions of windows `index` (B,) int64, in rising order."""
-        on_device = index.to(self.device, non_blocking=True)
-        index = on_device if self.on_gpu else index
-        rows, offset = self.rows[index], self.offset[index]
+        rows, offset, index = self.rows[index], self.offset[index], index.to(self.device)
         obs = self.stacked(rows, offset)
         next_obs = self.stacked(rows + self.nstep, offset + self.nstep) if self.next_obs else None
-        return Batch(obs, self.action[on_device], self.reward[on_device], self.factor[on_device], next_obs)
+        return Batch(obs, self.action[index], self.reward[index], self.factor[index], next_obs)
 
     def stacked(self, rows: Tensor, offset: Tensor) -> Tensor:
         """rows (B,), the `offset`-th of their episodes -> frames (B, 3 * frame_stack, S, S) uint8, oldest first."""
@@ -532,19 +528,15 @@ class SequenceBuffer(Buffer):
         episode = torch.randint(len(self.starts), (self.batch_size,), generator=self.generator)
         part = torch.rand(self.batch_size, generator=self.generator, dtype=torch.float64)
         start = self.first_rows[episode] + (part * self.starts[episode]).long()
-        row = start.sort().values[:, None] + torch.arange(self.length)
-        return self.gather(row.pin_memory() if self.device.type == "cuda" else row, images)
+        return self.gather(start.sort().values[:, None] + torch.arange(self.length), images)
 
     def gather(self, row: Tensor, images: bool = True) -> Sequences:
         """The windows of rows `row` (B, T) int64, each within an episode, in rising order."""
-        on_device, image = row.to(self.device, non_blocking=True), None
-        is_first = self.is_first[on_device]  # a copy
+        image = self.frames(row.flatten()).unflatten(0, row.shape) if images else None
+        row = row.to(self.device)
+        is_first = self.is_first[row]  # a copy
         is_first[:, 0] = True
-        if images:
-            image = self.frames((on_device if self.on_gpu else row).flatten())
-            image = image.view(*row.shape, *image.shape[1:])
-        columns = (column[on_device] for column in (self.action, self.reward, self.discount))
-        return Sequences(image, *columns, is_first, on_device)
+        return Sequences(image, self.action[row], self.reward[row], self.discount[row], is_first, row)
 
 
 # ==== Runs ====
