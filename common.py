@@ -71,7 +71,9 @@ def cores() -> int:
 def gl_backend() -> str:
     """What renders: $MUJOCO_GL if it names a backend, else EGL (cgl on macOS)."""
     wanted = os.environ.get("MUJOCO_GL", "").strip().lower()
-    return wanted if wanted not in GL_OFF else "cgl" if sys.platform == "darwin" else "egl"
+    if wanted not in GL_OFF:
+        return wanted
+    return "cgl" if sys.platform == "darwin" else "egl"
 
 
 class DMCSimulator:
@@ -189,12 +191,12 @@ def serve(pipe, count: int, kwargs: dict) -> None:
             function, arguments = pipe.recv()
             try:
                 envs = envs or [make_env(**kwargs) for _ in range(count)]
-                answer = [words if words is None else function(env, *words) for env, words in zip(envs, arguments)]
+                answer = [None if words is None else function(env, *words) for env, words in zip(envs, arguments)]
             except Exception as error:
                 trace = f"in an environment worker:\n{traceback.format_exc()}"
                 answer = error if isinstance(error, UserError) else RuntimeError(trace)
             pipe.send(answer)
-    os._exit(0)  # nothing is left to do, and closing GL has an order
+    os._exit(0)  # without the hooks at exit: GL is freed with the process
 
 
 class EnvPool:
@@ -327,7 +329,8 @@ class Dataset:
         self.parts = [Part(Path(os.path.normpath(self.path / folder))) for folder in folders]
         if len(kinds := {part.kind for part in self.parts}) > 1:
             raise UserError(f"{self.path}: its parts differ in task, size, render quality or mujoco: {kinds}")
-        self.task, self.source, self.size, self.render, self.mujoco, self.action_dim = self.parts[0].kind
+        self.task, self.source, self.size, *others = self.parts[0].kind
+        self.render, self.mujoco, self.action_dim = others
         returns = np.concatenate([part.returns for part in self.parts])
         self.num_episodes, self.mean_return = len(returns), float(returns.mean())
         self.num_transitions = sum(len(part.reward) for part in self.parts) - self.num_episodes
@@ -341,7 +344,8 @@ class Dataset:
         names = ("action", "reward", "discount")
         action, reward, discount = (np.concatenate([getattr(part, n) for part in self.parts]) for n in names)
         good = (np.abs(action) <= 1 + 1e-6).all(1) & np.isfinite(reward) & (discount >= 0) & (discount <= 1)
-        for row in np.flatnonzero(~good)[:1]:
+        if not good.all():
+            row = np.flatnonzero(~good)[0]
             values = f"action {action[row]}, reward {reward[row]}, discount {discount[row]}"
             raise UserError(f"{self.path}: row {row} is not finite or out of range: {values}")
         return np.cumsum(lengths) - lengths, lengths, [action, reward, discount]
@@ -401,6 +405,7 @@ class Buffer:
         """rows (n,) int64, those of one part after those of another -> (n, 3, S, S) uint8. Any other order is an
         IndexError: within its part a row would be negative, or beyond the end."""
         source = self.images[0]
+        rows = rows.to(source.device)
         out = torch.empty((len(rows), *source.shape[1:]), dtype=torch.uint8, device=source.device,
                           pin_memory=self.device.type == "cuda" and not self.on_gpu)  # fmt: skip
         starts = np.cumsum([0, *map(len, self.images)]).tolist()
@@ -420,7 +425,7 @@ class Batch(NamedTuple):
     """obs, next_obs (B, 3 * frame_stack, S, S) uint8; action (B, A), reward and discount (B, 1) float32.
 
     reward: sum over k = 1..n of gamma^(k-1) reward[t+k], up to a terminal. discount: gamma^n, and 0 where a terminal
-    lies inside. Sorted by row of the set: a half of the batch is no random half."""
+    lies inside."""
 
     obs: Tensor
     action: Tensor
@@ -433,7 +438,7 @@ class TransitionBuffer(Buffer):
     """Uniform samples of n-step transitions, with replacement, from every complete window of a set.
 
     Frames are stored once and stacked as they are gathered: the rows before an episode's first are its first, so no
-    stack and no window crosses episodes. A batch comes sorted by row: its order carries no meaning, memory likes it."""
+    stack and no window crosses episodes. A batch is sorted by row, to be read fast: a half of it is no random half."""
 
     def __init__(self, dataset: Dataset, batch_size: int, frame_stack: int = 3, nstep: int = 1, gamma: float = 0.99,
                  seed: int = 0, device="cpu", buffer_device: str = "cpu", next_obs: bool = True):  # fmt: skip
@@ -459,21 +464,16 @@ class TransitionBuffer(Buffer):
         columns = action[rows + 1], total[:, None].astype(np.float32), factor[:, None].astype(np.float32)
         self.action, self.reward, self.factor = (torch.from_numpy(column).to(self.device) for column in columns)
         self.rows, self.offset = torch.from_numpy(rows), torch.from_numpy(offset)
-        if self.on_gpu:
-            self.rows, self.offset = self.rows.to(self.device), self.offset.to(self.device)
 
     def sample(self) -> Batch:
-        index = torch.randint(len(self.rows), (self.batch_size,), generator=self.generator).sort().values
-        return self.gather(index.pin_memory() if self.device.type == "cuda" else index)  # pinned: the host runs ahead
+        return self.gather(torch.randint(len(self.rows), (self.batch_size,), generator=self.generator).sort().values)
 
     def gather(self, index: Tensor) -> Batch:
         """The transitions of windows `index` (B,) int64, in rising order."""
-        on_device = index.to(self.device, non_blocking=True)
-        index = on_device if self.on_gpu else index
-        rows, offset = self.rows[index], self.offset[index]
+        rows, offset, index = self.rows[index], self.offset[index], index.to(self.device)
         obs = self.stacked(rows, offset)
         next_obs = self.stacked(rows + self.nstep, offset + self.nstep) if self.next_obs else None
-        return Batch(obs, self.action[on_device], self.reward[on_device], self.factor[on_device], next_obs)
+        return Batch(obs, self.action[index], self.reward[index], self.factor[index], next_obs)
 
     def stacked(self, rows: Tensor, offset: Tensor) -> Tensor:
         """rows (B,), the `offset`-th of their episodes -> frames (B, 3 * frame_stack, S, S) uint8, oldest first."""
@@ -487,8 +487,7 @@ class Sequences(NamedTuple):
     row (B, T) int64, of the set.
 
     Arrival rows: action[:, t] led to image[:, t], which came with reward[:, t] and discount[:, t]. is_first: a window's
-    first row, before which nothing is known, and an episode's, where action and reward are 0. Sorted by row of the set:
-    a half of the batch is no random half."""
+    first row, before which nothing is known, and an episode's, where action and reward are 0. Sorted by row."""
 
     image: Tensor | None
     action: Tensor
@@ -529,19 +528,15 @@ class SequenceBuffer(Buffer):
         episode = torch.randint(len(self.starts), (self.batch_size,), generator=self.generator)
         part = torch.rand(self.batch_size, generator=self.generator, dtype=torch.float64)
         start = self.first_rows[episode] + (part * self.starts[episode]).long()
-        row = start.sort().values[:, None] + torch.arange(self.length)
-        return self.gather(row.pin_memory() if self.device.type == "cuda" else row, images)
+        return self.gather(start.sort().values[:, None] + torch.arange(self.length), images)
 
     def gather(self, row: Tensor, images: bool = True) -> Sequences:
         """The windows of rows `row` (B, T) int64, each within an episode, in rising order."""
-        on_device, image = row.to(self.device, non_blocking=True), None
-        is_first = self.is_first[on_device]  # a copy
+        image = self.frames(row.flatten()).unflatten(0, row.shape) if images else None
+        row = row.to(self.device)
+        is_first = self.is_first[row]  # a copy
         is_first[:, 0] = True
-        if images:
-            image = self.frames((on_device if self.on_gpu else row).flatten())
-            image = image.view(*row.shape, *image.shape[1:])
-        columns = (column[on_device] for column in (self.action, self.reward, self.discount))
-        return Sequences(image, *columns, is_first, on_device)
+        return Sequences(image, self.action[row], self.reward[row], self.discount[row], is_first, row)
 
 
 # ==== Runs ====
@@ -724,8 +719,9 @@ class Run:
             print(f"continuing {self.path} at step {saved['step']}")
         for file in self.path.glob("*.csv"):
             os.truncate(file, saved["sizes"][file.name]) if file.name in saved["sizes"] else file.unlink()
-        for file in () if saved["step"] else self.code:
-            write_atomically(self.path / file.name, file.read_bytes())
+        if not self.resumes:
+            for file in self.code:
+                write_atomically(self.path / file.name, file.read_bytes())
         config["args"] = dataclasses.asdict(self.args)
         write_atomically(self.path / "config.json", json.dumps(config, indent=1).encode())
         self.saved, self.columns = time.monotonic(), {}
@@ -828,8 +824,9 @@ def accelerate(agent, args) -> None:
             ctypes.CDLL(None).mallopt(option, value)
     torch.backends.cudnn.benchmark = True  # the shapes never change
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"  # else fp32 would round what convolutions multiply
-    for loss in agent.LOSSES if args.accelerate == "compile" else ():
-        setattr(agent, loss, torch.compile(getattr(agent, loss), fullgraph=True, dynamic=False))
+    if args.accelerate == "compile":
+        for loss in agent.LOSSES:
+            setattr(agent, loss, torch.compile(getattr(agent, loss), fullgraph=True, dynamic=False))
 
 
 def save_video(path: Path, frames: list[np.ndarray]) -> None:

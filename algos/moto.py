@@ -15,8 +15,7 @@ one episode in the environment, some updates, the next episode. No code of the a
 Dims: B windows, T rows of a window, M = B T states, H horizon, A action, E embedding, S stoch, K classes, D deter,
 F = S K + D feat, N ensemble.
 Where the paper is silent or contradicts itself (marked DIFF n where it happens; docs/moto.md has the reasons):
-  DIFF 1: u is the deviation over the members of the normalised logits, their mean over variables and classes; Eq. 2
-          says logits and no reduction.
+  DIFF 1: u is the deviation over the members of the normalised logits, averaged; Eq. 2 says logits, no reduction.
   DIFF 2: Eq. 8's V is the value of the actor's action in s_{j+1}, as its text says; printed is the rollout's.
   DIFF 3: model and agent learn from one batch of 16 windows (Algorithm 1); an episode is played before its updates.
   DIFF 4: model sizes, KL, optimiser, entropy, target copies and horizon 5 are Offline DV2's (C.3: DreamerV2's).
@@ -100,7 +99,6 @@ class Args:
 
     @property
     def steps(self) -> int:
-        """Gradient updates of both phases: one counter runs over both."""
         return self.offline_steps + self.online_episodes * self.updates_per_episode
 
 
@@ -669,10 +667,6 @@ class OnlineBuffer(common.SequenceBuffer):
             self.images[-1][first : first + count] = torch.from_numpy(self.files["image"][first : first + count])
         self.set_lengths(torch.cat([self.lengths, torch.tensor([count])]))
 
-    def played(self, repeat: int) -> dict[str, int]:
-        """Own episodes so far, and the simulation steps in them."""
-        return {"episodes": len(self.online), "env_steps": repeat * (sum(self.online) - len(self.online))}
-
     def state_dict(self) -> dict:
         return super().state_dict() | {"online": self.online}
 
@@ -722,8 +716,7 @@ def play(agent: Agent, pool: EnvPool, args: Args, seeds, draw: bool = False) -> 
 
 
 def evaluate(agent: Agent, pool: EnvPool, args: Args) -> tuple[dict, list[np.ndarray]]:
-    """The actor's mode, the same episodes and the same posterior draws every time (DIFF 6). Returns score and every
-    return, frames of the first episode."""
+    """The actor's mode, with the same episodes and draws every time (DIFF 6). Returns scores, frames of one."""
     devices = [torch.cuda.current_device()] if args.device == "cuda" else []
     with torch.random.fork_rng(devices):  # how often one evaluates does not change the training's draws
         torch.manual_seed(common.EVAL_SEED)
@@ -758,8 +751,7 @@ def main(args: Args) -> None:
     pool = common.evaluation_pool(args, dataset.facts(), 1)
     rows, repeat = 0, 1
     if args.online_episodes:
-        one = replace(args, eval_episodes=1, eval_every=1)  # whatever --eval-every says
-        episode_pool = common.evaluation_pool(one, dataset.facts(), 1)
+        episode_pool = common.evaluation_pool(replace(args, eval_episodes=1, eval_every=1), dataset.facts(), 1)
         repeat, length = episode_pool.spec["action_repeat"], episode_pool.spec["episode_steps"] + 1
         if length < args.window:
             raise UserError(f"--window {args.window}: online episodes have {length} rows, none would be drawn")
@@ -773,15 +765,19 @@ def main(args: Args) -> None:
     if args.online_episodes:
         buffer.open(run.path / "online")
     worth = worth_imitating(buffer, args)
+
+    def played() -> dict[str, int]:  # own episodes so far, and the simulation steps in them
+        return {"episodes": len(buffer.online), "env_steps": repeat * (sum(buffer.online) - len(buffer.online))}
+
     if args.offline_from and step == 0 and pool:  # where the curve begins
-        run.log("eval", step, evaluate(agent, pool, args)[0] | buffer.played(repeat))
+        run.log("eval", step, evaluate(agent, pool, args)[0] | played())
     while step < args.steps:
         phase = "model" if step < args.model_first else "offline" if step < args.offline_steps else "online"
         if phase == "online" and (step - args.offline_steps) % args.updates_per_episode == 0:
             seed = (ONLINE_SEED + 100_000 * args.seed + len(buffer.online)) % 2**32
             images, actions, rewards, terminal = play(agent, episode_pool, args, [seed], draw=True)
             buffer.add(images[:, 0], actions[:, 0], rewards[:, 0], terminal[0])
-            run.log("episodes", step + 1, episode_pool.summary(rewards.sum(0)) | buffer.played(repeat))
+            run.log("episodes", step + 1, episode_pool.summary(rewards.sum(0)) | played())
             worth = worth_imitating(buffer, args)
         batch = buffer.sample()
         metrics = agent.update(batch, None if phase == "model" else worth[batch.row])
@@ -795,7 +791,7 @@ def main(args: Args) -> None:
             common.write_atomically(run.path / "offline.pt", agent.state_dict())
         if pool and (run.eval_due or step == args.offline_steps):
             metrics, frames = evaluate(agent, pool, args)
-            run.log("eval", step, metrics | (buffer.played(repeat) if args.online_episodes else {}))
+            run.log("eval", step, metrics | (played() if args.online_episodes else {}))
             if step == args.steps:
                 common.save_video(run.path / "evaluation.mp4", frames)
         if run.checkpoint_due:

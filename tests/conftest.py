@@ -1,7 +1,9 @@
 """What the tests share: paths, one thread, small sets, an environment of four steps, and main() in this process."""
 
+import functools
 import gc
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -33,6 +35,13 @@ def run_python(*words, **kwargs) -> subprocess.CompletedProcess:
 
 # ---- main() in this process ----
 
+
+@functools.cache
+def machine(provenance, device: str) -> dict:
+    """What common.provenance says, asked once: it reads the metadata of all packages."""
+    return provenance(device)
+
+
 UPDATES = ("update", "update_model", "update_agent")  # methods of an Agent that make one gradient update
 
 
@@ -57,6 +66,8 @@ def run_main(module, words, methods=UPDATES, crash=None, update=None, pool=None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(word) for word in (module.__file__, *words)])
         patch.setattr(sys.modules["__main__"], "__file__", module.__file__, raising=False)
+        known = functools.partial(machine, common.provenance)
+        patch.setattr(common, "provenance", lambda device: known(device) | {"command": shlex.join(sys.argv)})
         patch.setattr(common, "EnvPool", pool or common.EnvPool)
         for name in methods:
             if hasattr(module.Agent, name):

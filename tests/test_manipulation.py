@@ -146,7 +146,7 @@ def test_without_the_packages(monkeypatch, task, module):
 
 def test_without_the_manipulation_file(monkeypatch):
     monkeypatch.setitem(sys.modules, "manipulation", None)
-    with pytest.raises(UserError, match="needs manipulation: .*in a full checkout"):
+    with pytest.raises(UserError, match="needs manipulation: manipulation.py beside common.py"):
         make_env("kitchen-mixed", None)
 
 
