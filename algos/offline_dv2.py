@@ -628,7 +628,7 @@ def evaluate_run(args: Args) -> None:
     agent = Agent(args, facts["action_dim"]).to(args.device)
     agent.load_state_dict(weights)
     metrics, frames = evaluate(agent, pool, args)
-    print(", ".join(f"{name} {np.round(value, 1)}" for name, value in metrics.items()))
+    print(", ".join(f"{name} {np.round(value, 2)}" for name, value in metrics.items()))
     common.save_video(Path(args.evaluate) / "evaluation.mp4", frames)
 
 
