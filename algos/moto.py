@@ -614,8 +614,7 @@ def normal_nll(mean: Tensor, x: Tensor) -> Tensor:
 
 
 class OnlineBuffer(common.SequenceBuffer):
-    """The set's windows, then those of the run's own episodes, for which there are `rows` rows. They lie in
-    memory-mapped arrays of full size in the run's folder; a checkpoint says how long those are that count."""
+    """The set's windows and those of own episodes: at most `rows` rows, in memory-mapped arrays, see open()."""
 
     def __init__(self, dataset: common.Dataset, args: Args, rows: int):
         super().__init__(dataset, args.batch_size, args.window, args.seed, args.device, args.buffer_device)
@@ -626,7 +625,7 @@ class OnlineBuffer(common.SequenceBuffer):
             setattr(self, name, torch.cat([column, column.new_zeros(rows, *column.shape[1:])]))
 
     def open(self, folder: Path) -> None:
-        """Takes the space of all episodes on the disk, and reads in those that count. Raises UserError."""
+        """Takes the space of all episodes on the disk; reads in those that a checkpoint counts. Raises UserError."""
         folder.mkdir(exist_ok=True)
         shapes = {"image": (3, SIZE, SIZE), "action": (self.action_dim,), "reward": (), "discount": ()}
         for name, shape in shapes.items():
@@ -640,8 +639,7 @@ class OnlineBuffer(common.SequenceBuffer):
             except OSError as error:
                 raise UserError(f"{file}: no room for {self.rows:,} rows of own episodes ({error.strerror})") from None
             self.files[name] = np.load(file, mmap_mode="r+")
-        frames = torch.from_numpy(self.files["image"])
-        self.images.append(frames.to(self.device) if self.on_gpu else frames)
+        self.images.append(torch.from_numpy(self.files["image"]).to(self.images[0].device))  # the map itself on a CPU
         for episode in range(len(self.online)):
             self.take_in(episode)
 
