@@ -175,7 +175,9 @@ def make_env(task: str, size: int | None = 84, frame_stack: int = 3, render: str
                 return Env(make_simulator(task, render), size, frame_stack, render, gl)
             return Env(DMCSimulator(task), size, frame_stack, render, gl)
     except ModuleNotFoundError as error:
-        how = "manipulation.py beside common.py, and pip install -r requirements-manipulation.txt"
+        how = "pip install -r requirements.txt"
+        if task.startswith(MANIPULATION):
+            how = "manipulation.py beside common.py, and pip install -r requirements-manipulation.txt"
         raise UserError(f"--task {task} needs {error.name}: {how}") from None
     except KeyError as error:
         raise UserError(f"--task {task}: no such task. There are: {error.args[0]}") from None
@@ -633,13 +635,13 @@ def evaluation_pool(args, facts: dict, frame_stack: int = 3) -> EnvPool | None:
     if args.eval_every == 0:
         return None
     wanted = f"{facts['set']} is of task {facts['task']} with {facts['action_dim']} action dimensions"
-    if facts["mujoco"] not in (None, importlib.metadata.version("mujoco")):
-        print(f"warning: the data was rendered with mujoco {facts['mujoco']}, another than is installed here")
     if facts["task"] == "own":
         raise UserError(f"{wanted}: there is none to evaluate in; train with --eval-every 0")
     pool = EnvPool(facts["task"], facts["size"], args.eval_episodes, frame_stack, facts["render"])
     if pool.spec["action_dim"] != facts["action_dim"] or pool.spec["episode_steps"] == math.inf:
         raise UserError(f"{wanted}: no episodes for it in {pool.spec}; train with --eval-every 0")
+    if facts["mujoco"] not in (None, importlib.metadata.version("mujoco")):
+        print(f"warning: the data was rendered with mujoco {facts['mujoco']}, another than is installed here")
     return pool
 
 
@@ -735,9 +737,8 @@ class Run:
         self.stop_signal = number
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers repeat it
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.write(
-            2, b"\nstopping after this update or evaluation, with a checkpoint (Ctrl-C: at once)\n"
-        )  # print may be mid-line
+        text = b"\nstopping after this update or evaluation, with a checkpoint (Ctrl-C: at once)\n"
+        os.write(2, text)  # print may be mid-line
 
     def advance(self, step: int) -> None:
         """Once after every update: moves the progress bar and decides what is due. Evaluations: 20 a run, and at its

@@ -254,7 +254,7 @@ def main(args: Args) -> None:
     dataset = common.open_dataset(args, SIZE)  # a standard set is made on the spot if it is missing
     if args.steps is None:
         args.steps = 256 * dataset.num_transitions // args.batch_size  # DIFF 4: 256 epochs
-    run = common.Run(args, dataset)  # its folder and lock; seeds torch and NumPy
+    run = common.Run(args, dataset)  # its folder and lock; seeds torch
     pool = common.evaluation_pool(args, dataset.facts(), FRAME_STACK)
     buffer = common.TransitionBuffer(
         dataset, args.batch_size, FRAME_STACK, seed=args.seed, device=args.device,

@@ -184,7 +184,7 @@ class Priors(nn.Module):
     """The ensemble: N networks of two layers from the recurrent state to the distribution of the stochastic one.
 
     A weight of all N is one tensor, so a member that is not drawn has a gradient of zero: its moments and the decay go
-    on. In the released code of Offline DV2 it has none and stays as it is."""
+    on. In V-D4RL's released code it has none and stays as it is."""
 
     def __init__(self, ensemble: int, deter: int, hidden: int, outputs: int):
         super().__init__()
@@ -653,7 +653,7 @@ def main(args: Args) -> None:
         args.model_steps = round(dataset.num_transitions * 25_000 / 100_000)  # DIFF 3
     if args.agent_steps is None:
         args.agent_steps = round(dataset.num_transitions * 150_000 / 100_000)
-    run = common.Run(args, dataset)  # its folder and lock; seeds torch and NumPy
+    run = common.Run(args, dataset)  # its folder and lock; seeds torch
     pool = common.evaluation_pool(args, dataset.facts(), 1)
     buffer = common.SequenceBuffer(dataset, args.batch_size, args.window, args.seed, args.device, args.buffer_device)
     agent = Agent(args, buffer.action_dim).to(args.device)

@@ -216,7 +216,7 @@ class Priors(nn.Module):
     """The ensemble: N networks of two layers from the recurrent state to the distribution of the stochastic one.
 
     A weight of all N is one tensor, so a member that is not drawn has a gradient of zero: its moments and the decay go
-    on. In the released code of Offline DV2 it has none and stays as it is."""
+    on. In V-D4RL's released code it has none and stays as it is."""
 
     def __init__(self, ensemble: int, deter: int, hidden: int, outputs: int):
         super().__init__()
@@ -745,7 +745,7 @@ def main(args: Args) -> None:
         args.offline_steps = dataset.num_transitions  # DIFF 8
     if args.model_first > args.offline_steps:
         raise UserError(f"--model-first {args.model_first}: at most --offline-steps, {args.offline_steps}")
-    run = common.Run(args, dataset)  # its folder and lock; seeds torch and NumPy
+    run = common.Run(args, dataset)  # its folder and lock; seeds torch
     pool = common.evaluation_pool(args, dataset.facts(), 1)
     rows, repeat = 0, 1
     if args.online_episodes:

@@ -14,7 +14,7 @@ actor and a critic trained inside it on the reward minus the disagreement of an 
 Dims: B windows, T rows of a window, M = B T states, H horizon, A action, E embedding, S stoch, K classes, D deter,
 F = S K + D feat, N ensemble.
 Differs from the released code (marked DIFF n where it happens; docs/offline_dv2.md has the reasons):
-  DIFF 1: 800 and 2,400 epochs (Table 7) of a set of any size; theirs 25,100 and 200,000 updates, one more of both.
+  DIFF 1: 800 and 2,400 epochs (Table 7) of any set; theirs 25,100 and 200,000 updates, and a joint one before them.
   DIFF 2: penalty_coef 10, 3 for random sets, 8 for walker-walk mixed, in the paper's range of 3 to 10; theirs 5.
   DIFF 3: the critic's target starts as its copy; theirs is another network until the first update is over.
   DIFF 4: the encoder is frozen and deterministic in the second phase, so the set is embedded once: the same numbers.
@@ -198,7 +198,7 @@ class Priors(nn.Module):
     """The ensemble: N networks of two layers from the recurrent state to the distribution of the stochastic one.
 
     A weight of all N is one tensor, so a member that is not drawn has a gradient of zero: its moments and the decay go
-    on. In the released code of Offline DV2 it has none and stays as it is."""
+    on. In V-D4RL's released code it has none and stays as it is."""
 
     def __init__(self, ensemble: int, deter: int, hidden: int, outputs: int):
         super().__init__()
@@ -645,7 +645,7 @@ def main(args: Args) -> None:
         args.model_steps = round(800 * epoch)  # DIFF 1
     if args.agent_steps is None:
         args.agent_steps = round(2400 * epoch)
-    run = common.Run(args, dataset)  # its folder and lock; seeds torch and NumPy
+    run = common.Run(args, dataset)  # its folder and lock; seeds torch
     pool = common.evaluation_pool(args, dataset.facts(), 1)
     buffer = common.SequenceBuffer(dataset, args.batch_size, args.window, args.seed, args.device, args.buffer_device)
     agent = Agent(args, buffer.action_dim).to(args.device)
