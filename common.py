@@ -9,6 +9,7 @@ The algorithm files import this one and nothing else of the project: a folder th
 describe them."""
 
 import atexit
+import concurrent.futures
 import contextlib
 import csv
 import ctypes
@@ -19,7 +20,6 @@ import importlib.metadata
 import json
 import math
 import multiprocessing
-import multiprocessing.util
 import operator
 import os
 import platform
@@ -29,11 +29,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-import traceback
 import typing
 import warnings
-import weakref
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Annotated, NamedTuple
 from unittest import mock
@@ -93,7 +94,7 @@ class DMCSimulator:
         spec = self.env.action_spec()
         self.low, self.high, self.action_dim = spec.minimum, spec.maximum, spec.shape[0]
         limit = self.env._step_limit
-        self.episode_steps = limit if limit == math.inf else -(-limit // self.action_repeat)  # inf // 2 is nan
+        self.episode_steps = limit if limit == math.inf else math.ceil(limit / self.action_repeat)
         self.camera = 2 if domain == "quadruped" else 0
 
     def reset(self, seed: int) -> np.ndarray:
@@ -124,7 +125,7 @@ class Env:
     obs (3 * frame_stack, S, S) uint8, or the simulator's state (D,) float32 where size is None; action (A,) in [-1, 1].
     spec: action_dim, action_repeat, return_per_score, episode_steps, see DMCSimulator."""
 
-    def __init__(self, simulator, size: int | None, frame_stack: int, render: str, gl: str):
+    def __init__(self, simulator, size: int | None, frame_stack: int, render: str):
         self.simulator, self.frame_stack, self.renderer = simulator, frame_stack, None
         names = ("action_dim", "action_repeat", "return_per_score", "episode_steps")
         self.spec = {name: getattr(simulator, name) for name in names}
@@ -135,6 +136,7 @@ class Env:
             vis.global_.offwidth = vis.global_.offheight = size
             if RENDER_QUALITY[render] is not None:
                 vis.quality.shadowsize, vis.quality.numstacks = RENDER_QUALITY[render]
+            gl = gl_backend()
             try:
                 mujoco.gl_context.GLContext = importlib.import_module(f"mujoco.{gl}").GLContext
                 self.renderer = mujoco.Renderer(simulator.model, size, size)
@@ -163,17 +165,17 @@ class Env:
         return np.ascontiguousarray(picture.transpose(2, 0, 1))
 
 
-def make_env(task: str, size: int | None = 84, frame_stack: int = 3, render: str = "fast", gl: str = "") -> Env:
+def make_env(task: str, size: int | None = 84, frame_stack: int = 3, render: str = "fast") -> Env:
     """task: "domain-task" of dm_control, or one of manipulation.py; size: pixels per side, None for states instead of
     frames; render: a key of RENDER_QUALITY. Raises UserError for an unknown task, without GL, or without packages."""
-    gl = gl or gl_backend()
     try:
-        with mock.patch.dict(os.environ, {"MUJOCO_GL": "off"}):  # importing mujoco or dm_control starts no GL: Env does
+        with mock.patch.dict(os.environ, MUJOCO_GL="off"):  # importing mujoco or dm_control starts no GL: Env does
             if task.startswith(MANIPULATION):
                 from manipulation import make_simulator
 
-                return Env(make_simulator(task, render), size, frame_stack, render, gl)
-            return Env(DMCSimulator(task), size, frame_stack, render, gl)
+                simulator = make_simulator(task, render)
+            else:
+                simulator = DMCSimulator(task)
     except ModuleNotFoundError as error:
         how = "pip install -r requirements.txt"
         if task.startswith(MANIPULATION):
@@ -181,24 +183,25 @@ def make_env(task: str, size: int | None = 84, frame_stack: int = 3, render: str
         raise UserError(f"--task {task} needs {error.name}: {how}") from None
     except KeyError as error:
         raise UserError(f"--task {task}: no such task. There are: {error.args[0]}") from None
+    return Env(simulator, size, frame_stack, render)
 
 
-def serve(pipe, count: int, kwargs: dict) -> None:
-    """A worker: `count` environments, until the parent closes the pipe (or dies, which closes it too)."""
-    os.setsid()  # Ctrl-C and signals to the group are the parent's to handle,
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # and so is what schedulers send to every process of a job
-    envs = []
-    with contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            function, arguments = pipe.recv()
-            try:
-                envs = envs or [make_env(**kwargs) for _ in range(count)]
-                answer = [None if words is None else function(env, *words) for env, words in zip(envs, arguments)]
-            except Exception as error:
-                trace = f"in an environment worker:\n{traceback.format_exc()}"
-                answer = error if isinstance(error, UserError) else RuntimeError(trace)
-            pipe.send(answer)
-    os._exit(0)  # without the hooks at exit: GL is freed with the process
+ENVS = []  # those of a worker process
+
+
+def begin_worker(gl: str) -> None:
+    """First in a new worker. Signals to a group or a job are for the parent to handle; the worker ends when it does."""
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.environ["MUJOCO_GL"] = gl
+    wait = multiprocessing.parent_process().join
+    threading.Thread(target=lambda: (wait(), os._exit(0)), daemon=True).start()
+
+
+def in_worker(kwargs: dict, function, arguments: list) -> list:
+    while len(ENVS) < len(arguments):
+        ENVS.append(make_env(**kwargs))
+    return [None if words is None else function(env, *words) for env, words in zip(ENVS, arguments)]
 
 
 class EnvPool:
@@ -211,41 +214,31 @@ class EnvPool:
 
     def __init__(self, task, size, count, frame_stack=3, render="fast", workers=None):
         self.count, self.parts = count, np.array_split(np.arange(count), min(count, workers or cores()))
-        kwargs = {"task": task, "size": size, "frame_stack": frame_stack, "render": render, "gl": gl_backend()}
+        self.kwargs = {"task": task, "size": size, "frame_stack": frame_stack, "render": render}
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["common", "mujoco", "dm_control.suite"])
+        self.workers = [ProcessPoolExecutor(1, context, begin_worker, (gl_backend(),)) for _ in self.parts]
         # the server imports this common.py, whatever the current folder holds, and starts no GL: each worker does
         path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
         variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "MUJOCO_GL": "off"}
-        self.workers = []
+        handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # in server and workers: schedulers send it to them too
         with mock.patch.dict(os.environ, variables | {"LP_NUM_THREADS": "0", "OMP_NUM_THREADS": "1"}):
-            for part in self.parts:
-                ours, theirs = context.Pipe()
-                process = context.Process(target=serve, args=(theirs, len(part), kwargs), daemon=True)
-                process.start()
-                theirs.close()
-                self.workers.append((ours, process))
-        self.close = weakref.finalize(self, self.stop, self.workers)
-        multiprocessing.util.Finalize(None, self.close, exitpriority=1)  # before daemons get a SIGTERM and are joined
-        self.spec = self.call(operator.attrgetter("spec"), [()] * count)[0]  # makes them now: mistakes show at once
+            self.spec = self.call(operator.attrgetter("spec"), [()] * count)[0]  # makes them: mistakes show at once
+        signal.signal(signal.SIGTERM, handler)
 
     def call(self, function, arguments: list) -> list:
         """function(env, *arguments[i]) in every environment i whose arguments are not None; results in order."""
-        for (pipe, _), part in zip(self.workers, self.parts):
-            with contextlib.suppress(ConnectionError):  # a dead worker is noticed below
-                pipe.send((function, [arguments[i] for i in part]))
-        answers = []
-        for pipe, process in self.workers:
-            try:
-                while not pipe.poll(60):
-                    print(f"note: environment worker {process.pid} has not answered for a minute", flush=True)
-                answers.append(pipe.recv())
-            except (EOFError, ConnectionError):
-                answers.append(UserError("an environment worker died (killed, or out of memory)"))
-        for error in (answer for answer in answers if isinstance(answer, Exception)):
+        try:
+            futures = [worker.submit(in_worker, self.kwargs, function, [arguments[i] for i in part])
+                       for worker, part in zip(self.workers, self.parts)]  # fmt: skip
+            while concurrent.futures.wait(futures, timeout=60).not_done:
+                print("note: an environment worker has not answered for a minute", flush=True)
+            return [result for future in futures for result in future.result()]
+        except BrokenProcessPool:
+            raise UserError("an environment worker died (killed, or out of memory)") from None
+        except Exception:
             self.close()
-            raise error
-        return [result for answer in answers for result in answer]
+            raise
 
     def reset(self, seeds) -> np.ndarray:
         """Starts episode seeds[i] in environment i. Returns obs (count, C, S, S) uint8."""
@@ -272,13 +265,9 @@ class EnvPool:
         success = {"success": 100 * self.success.sum() / self.count} if per_score == 1 else {}
         return {"score": returns.mean() / per_score} | success | {"return": returns.tolist()}
 
-    @staticmethod
-    def stop(workers) -> None:
-        for pipe, _ in workers:
-            pipe.close()
-        for _, process in workers:
-            process.join(timeout=5)
-            process.kill()  # one that hangs would ignore a SIGTERM
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.shutdown()
 
 
 # ==== Data ====
@@ -286,75 +275,64 @@ class EnvPool:
 # episode.npy (E,) int64, the first row of each episode, and meta.json, written last: without it there is no set.
 # Arrival rows: row t holds image t and the action, reward and discount that LED TO it; an episode's row 0 holds
 # zeros. So a transition is (image[t], action[t+1], reward[t+1], discount[t+1], image[t+1]), and an episode of T
-# steps has T+1 rows. discount is 0 after a terminal step, else 1 (a time limit is no terminal).
+# steps has T+1 rows. discount is 0 after a terminal step, else 1 (a time limit is no terminal). Frames may be spread
+# over image-0.npy, image-1.npy ...: those of medexp are links to those of medium and expert, and take no space.
 
 STANDARD_SETS = ("random", "mixed", "medium", "medexp", "expert")  # V-D4RL's
 NAMED_SETS = (*STANDARD_SETS, "demos", "partial")  # and those of manipulation tasks
+META = ("task", "source", "size", "render", "mujoco", "action_dim")  # what meta.json says, also attributes of Dataset
 ARRAYS = {"image": np.uint8, "action": np.float32, "reward": np.float32, "discount": np.float32, "episode": np.int64}
 
 
-class Part:
-    """One folder of arrays, memory-mapped, and its meta.json. Raises UserError where it is not a whole set."""
-
-    def __init__(self, path: Path):
-        try:
-            self.meta = json.loads((path / "meta.json").read_text())
-            for name in ARRAYS:
-                setattr(self, name, np.load(path / f"{name}.npy", mmap_mode="r"))  # "c" would count against memory
-            rows, size = len(self.reward), self.meta["size"]
-            shapes = {"image": (rows, 3, size, size), "action": (rows, self.action.shape[-1])}
-            shapes["episode"] = (len(self.episode),)
-            for name, dtype in ARRAYS.items():
-                array, shape = getattr(self, name), shapes.get(name, (rows,))
-                if array.dtype != dtype or array.shape != shape:
-                    raise ValueError(f"{name}.npy: {array.shape} {array.dtype}, expected {shape} {dtype.__name__}")
-            self.lengths = np.diff(np.append(self.episode, rows))  # (E,) rows per episode, reset row included
-            if self.episode[0] != 0 or self.lengths.min() < 2:
-                raise ValueError("episode.npy: first rows must start at 0 and rise by 2 or more")
-            self.kind = tuple(self.meta[name] for name in ("task", "source", "size", "render", "mujoco", "action_dim"))
-            self.sha256 = self.meta["sha256"]
-        except (OSError, EOFError, LookupError, TypeError, ValueError) as error:
-            problem = f"meta.json has no {error}" if isinstance(error, KeyError) else error
-            raise UserError(f"{path} is no whole set ({problem}); the command that made it continues") from None
-        self.returns = np.add.reduceat(self.reward.astype(np.float64), self.episode)  # (E,), undiscounted
-
-
 class Dataset:
-    """An opened set: its parts (medexp lists two, any other set is its own only part) and what meta.json says."""
+    """A set, memory-mapped; META as attributes. Raises UserError where it is not whole.
+
+    images: the image files in order; action (N, A), reward, discount (N,); first_rows, lengths (E,): of each episode,
+    in rows, the reset row included."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
-            folders = [str(name) for name in json.loads((self.path / "meta.json").read_text())["parts"]] or [""]
-        except (OSError, ValueError, LookupError, TypeError):
-            folders = [""]  # if anything is wrong, Part says it
-        self.parts = [Part(Path(os.path.normpath(self.path / folder))) for folder in folders]
-        if len(kinds := {part.kind for part in self.parts}) > 1:
-            raise UserError(f"{self.path}: its parts differ in task, size, render quality or mujoco: {kinds}")
-        self.task, self.source, self.size, *others = self.parts[0].kind
-        self.render, self.mujoco, self.action_dim = others
-        returns = np.concatenate([part.returns for part in self.parts])
-        self.num_episodes, self.mean_return = len(returns), float(returns.mean())
-        self.num_transitions = sum(len(part.reward) for part in self.parts) - self.num_episodes
-        digests = json.dumps([part.sha256 for part in self.parts], sort_keys=True)
+            self.meta = json.loads((self.path / "meta.json").read_text())
+            vars(self).update({name: self.meta[name] for name in META})
+            files = sorted(file.stem for file in self.path.glob("image*.npy"))
+            self.images = [self.array(name, 3, self.size, self.size) for name in files]
+            self.action, self.reward = self.array("action", self.action_dim), self.array("reward")
+            self.discount, self.first_rows = self.array("discount"), self.array("episode")
+            rows = len(self.reward)
+            if not rows == len(self.action) == len(self.discount) == sum(map(len, self.images)):
+                raise ValueError("image, action, reward and discount must have as many rows")
+            self.lengths = np.diff(np.append(self.first_rows, rows))
+            if self.first_rows[0] != 0 or self.lengths.min() < 2:
+                raise ValueError("episode.npy: first rows must start at 0 and rise by 2 or more")
+            digests = json.dumps([self.meta["sha256"]], sort_keys=True)
+        except (OSError, EOFError, LookupError, TypeError, ValueError) as error:
+            problem = f"meta.json has no {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{path} is no whole set ({problem}); the command that made it continues") from None
+        self.num_episodes, self.num_transitions = len(self.lengths), rows - len(self.lengths)
+        self.mean_return = float(self.reward.sum(dtype=np.float64)) / self.num_episodes
         self.hash = hashlib.sha256(digests.encode()).hexdigest()[:16]
 
-    def rows(self) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
-        """first row (E,) and number of rows (E,) of each episode, and action, reward, discount of all rows, the parts
-        one after another. Raises UserError for the first row that is not finite or out of range."""
-        lengths = np.concatenate([part.lengths for part in self.parts])
-        names = ("action", "reward", "discount")
-        action, reward, discount = (np.concatenate([getattr(part, n) for part in self.parts]) for n in names)
-        good = (np.abs(action) <= 1 + 1e-6).all(1) & np.isfinite(reward) & (discount >= 0) & (discount <= 1)
+    def array(self, name: str, *shape: int) -> np.ndarray:
+        """<name>.npy (n, *shape), memory-mapped. Raises ValueError for another shape or type."""
+        array, dtype = np.load(self.path / f"{name}.npy", mmap_mode="r"), np.dtype(ARRAYS[name.partition("-")[0]])
+        if array.shape[1:] != shape or array.dtype != dtype:  # "c" in place of "r" would count against memory
+            raise ValueError(f"{name}.npy: {array.shape} {array.dtype}, expected {('n', *shape)} {dtype}")
+        return array
+
+    def check_values(self) -> None:
+        """Raises UserError for the first row that is not finite or out of range."""
+        good = (np.abs(self.action) <= 1 + 1e-6).all(1) & np.isfinite(self.reward)
+        good &= (self.discount >= 0) & (self.discount <= 1)
         if not good.all():
             row = np.flatnonzero(~good)[0]
-            values = f"action {action[row]}, reward {reward[row]}, discount {discount[row]}"
+            values = f"action {self.action[row]}, reward {self.reward[row]}, discount {self.discount[row]}"
             raise UserError(f"{self.path}: row {row} is not finite or out of range: {values}")
-        return np.cumsum(lengths) - lengths, lengths, [action, reward, discount]
 
     def facts(self) -> dict:
         """What a run has to know of its data without opening it, for config.json."""
-        return {"set": self.path.name} | {name: v for name, v in vars(self).items() if name not in ("path", "parts")}
+        names = (*META, "num_episodes", "num_transitions", "mean_return", "hash")
+        return {"set": self.path.name} | {name: getattr(self, name) for name in names}
 
 
 def standard_set(args, size: int) -> tuple[Path, list[str]]:
@@ -388,13 +366,18 @@ def open_dataset(args, size: int) -> Dataset:
 
 
 class Buffer:
-    """What both samplers share: every image row of a set, its parts one after another, in the memory map or on the GPU
-    if they fit (buffer_device auto); and a generator, which checkpoints keep."""
+    """What both samplers share: every image row of a set, in the memory map or on the GPU if they fit (buffer_device
+    auto); and a generator, which checkpoints keep. Episodes of fewer rows than `flag` needs are not used."""
 
-    def __init__(self, dataset: Dataset, batch_size: int, seed: int, device, buffer_device: str):
+    def __init__(self, dataset: Dataset, batch_size: int, seed: int, device, buffer_device, flag: str, needed: int):
+        dataset.check_values()
+        if (short := int((dataset.lengths < needed).sum())) == dataset.num_episodes:
+            raise UserError(f"{dataset.path}: no episode is long enough for {flag}")
+        if short:
+            print(f"note: {short} of {dataset.num_episodes} episodes in {dataset.path} are too short for {flag}")
         self.batch_size, self.action_dim, self.device = batch_size, dataset.action_dim, torch.device(device)
         with warnings.catch_warnings(action="ignore"):  # torch notes that the map is read-only: nothing writes to it
-            self.images = [torch.from_numpy(part.image) for part in dataset.parts]
+            self.images = [torch.from_numpy(image) for image in dataset.images]
         self.on_gpu = self.device.type == "cuda" and buffer_device != "cpu"
         if self.on_gpu and buffer_device == "auto":  # benchmark.sh says how many runs begin on one GPU together
             room = 0.6 * torch.cuda.mem_get_info(self.device)[0] / int(os.environ.get("CLEANPIXELS_RUNS_PER_GPU", 1))
@@ -404,8 +387,8 @@ class Buffer:
         self.generator = torch.Generator().manual_seed(seed)
 
     def frames(self, rows: Tensor) -> Tensor:
-        """rows (n,) int64, those of one part after those of another -> (n, 3, S, S) uint8. Any other order is an
-        IndexError: within its part a row would be negative, or beyond the end."""
+        """rows (n,) int64, those of one file after those of another -> (n, 3, S, S) uint8. Any other order is an
+        IndexError: within its file a row would be negative, or beyond the end."""
         source = self.images[0]
         rows = rows.to(source.device)
         out = torch.empty((len(rows), *source.shape[1:]), dtype=torch.uint8, device=source.device,
@@ -444,26 +427,21 @@ class TransitionBuffer(Buffer):
 
     def __init__(self, dataset: Dataset, batch_size: int, frame_stack: int = 3, nstep: int = 1, gamma: float = 0.99,
                  seed: int = 0, device="cpu", buffer_device: str = "cpu", next_obs: bool = True):  # fmt: skip
-        super().__init__(dataset, batch_size, seed, device, buffer_device)
+        super().__init__(dataset, batch_size, seed, device, buffer_device, f"--nstep {nstep}", nstep + 1)
         self.frame_stack, self.nstep, self.next_obs = frame_stack, nstep, next_obs
         self.obs_shape = (3 * frame_stack, dataset.size, dataset.size)
-        first_rows, lengths, (action, reward, discount) = dataset.rows()
-        windows = np.maximum(lengths - nstep, 0)  # T - n + 1 starts in T + 1 rows: all n rewards must exist
-        if not windows.any():
-            raise UserError(f"{dataset.path}: no episode is as long as --nstep {nstep}")
-        if short := int((windows == 0).sum()):
-            print(f"note: {short} episodes of {dataset.path} are shorter than --nstep {nstep} and go unused")
+        windows = np.maximum(dataset.lengths - nstep, 0)  # T - n + 1 starts in T + 1 rows: all n rewards must exist
         offset = np.arange(windows.sum()) - np.repeat(np.cumsum(windows) - windows, windows)  # t within the episode
-        rows = np.repeat(first_rows, windows) + offset  # obs of window w ends at image rows[w]
+        rows = np.repeat(dataset.first_rows, windows) + offset  # obs of window w ends at image rows[w]
         # row:       t        t+1       t+2       t+3         arrival rows, n = 3
         # image:     obs                          next_obs
         # action:             action
         # reward:             r0   +  g r1   +  g^2 r2        later rewards only while no terminal came before
         total, factor = np.zeros(len(rows)), np.ones(len(rows))
         for k in range(1, nstep + 1):
-            total += factor * reward[rows + k]
-            factor *= gamma * discount[rows + k]
-        columns = action[rows + 1], total[:, None].astype(np.float32), factor[:, None].astype(np.float32)
+            total += factor * dataset.reward[rows + k]
+            factor *= gamma * dataset.discount[rows + k]
+        columns = dataset.action[rows + 1], total[:, None].astype(np.float32), factor[:, None].astype(np.float32)
         self.action, self.reward, self.factor = (torch.from_numpy(column).to(self.device) for column in columns)
         self.rows, self.offset = torch.from_numpy(rows), torch.from_numpy(offset)
 
@@ -506,18 +484,13 @@ class SequenceBuffer(Buffer):
 
     def __init__(self, dataset: Dataset, batch_size: int, length: int, seed: int = 0, device="cpu",
                  buffer_device: str = "cpu"):  # fmt: skip
-        super().__init__(dataset, batch_size, seed, device, buffer_device)
+        super().__init__(dataset, batch_size, seed, device, buffer_device, f"--window {length}", length)
         self.length = length
-        first_rows, lengths, columns = dataset.rows()
-        if lengths.max() < length:
-            longest = f"its longest episode has {lengths.max()} rows"
-            raise UserError(f"{dataset.path}: {longest}, --window {length} needs as many")
-        if short := int((lengths < length).sum()):
-            print(f"note: {short} episodes of {dataset.path} are shorter than --window {length} and are in no window")
-        self.action, self.reward, self.discount = (torch.from_numpy(column).to(self.device) for column in columns)
+        columns = dataset.action, dataset.reward, dataset.discount
+        self.action, self.reward, self.discount = (torch.tensor(column).to(self.device) for column in columns)
         self.is_first = torch.zeros(len(self.reward), dtype=torch.bool, device=self.device)
-        self.is_first[torch.from_numpy(first_rows)] = True
-        self.set_lengths(torch.from_numpy(lengths))
+        self.is_first[torch.tensor(dataset.first_rows)] = True
+        self.set_lengths(torch.from_numpy(dataset.lengths))
 
     def set_lengths(self, lengths: Tensor) -> None:
         """Rows of every episode (E,), one after another: what is drawn from."""
@@ -680,16 +653,13 @@ class Run:
         if finished:
             print(f"{self.path} is finished; --evaluate it, or --overwrite")
             raise SystemExit(0)
-        if args.eval_every is None:
-            args.eval_every = -(-args.steps // 20)
         torch.manual_seed(args.seed)
 
     def compare(self, old: dict, finished: bool) -> None:
         """Raises UserError where this command is not the one that began the run. --steps may grow until it is over.
         What the run found out by itself when it began, its precision too, stays."""
-        for name in ("eval_every", "precision"):
-            if self.args.typed[name] in (None, "auto"):
-                setattr(self.args, name, old["args"][name])
+        if self.args.typed["precision"] == "auto":
+            self.args.precision = old["args"]["precision"]
         flags = {name: value for name, value in dataclasses.asdict(self.args).items() if name not in FREE_FLAGS}
         pairs = {f"--{name.replace('_', '-')}": (old["args"].get(name), value) for name, value in flags.items()}
         if "steps" in flags and not finished and old["args"]["steps"] < self.args.steps:
@@ -706,10 +676,8 @@ class Run:
         saved, here = {"step": 0, "wall_s": 0.0, "sizes": {}}, provenance(self.args.device)
         config = self.config | here
         if self.args.overwrite:  # not earlier: most of what can be wrong with a command has shown by now
-            first = ("finished.json", "checkpoint.pt")
-            for entry in sorted(self.path.iterdir(), key=lambda entry: entry.name not in first):
-                if entry.name != ".lock":
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            for file in sorted(self.path.glob("[!.]*.*"), key=lambda file: file.name != "finished.json"):
+                file.unlink()
         if self.resumes:
             saved, config = read(self.checkpoint), read(self.path / "config.json")
             config["resumed"].append(here)

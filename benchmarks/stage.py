@@ -4,7 +4,6 @@ this; DIR may name variables, which are looked up here.
     python benchmarks/stage.py datasets/made/walker-walk/medium-84px '$TMPDIR' algos/bc.py --task walker-walk ...
 """
 
-import json
 import os
 import shutil
 import sys
@@ -14,20 +13,18 @@ import filelock
 
 
 def stage(folder: Path, to: Path) -> None:
-    """Copies the set and its parts to `to`/<source>/<task>/, each whole or not at all. An equal copy stays."""
-    parts = json.loads((folder / "meta.json").read_text()).get("parts", [])
-    for path in [*(Path(os.path.normpath(folder / part)) for part in parts), folder]:
-        target = to / path.parent.parent.name / path.parent.name / path.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with filelock.FileLock(target.parent / f".{target.name}.lock"):  # other runs of this machine may copy it
-            old = target / "meta.json"
-            if old.exists() and old.read_bytes() == (path / "meta.json").read_bytes():
-                continue
-            partial = target.with_name(f"{target.name}.partial")
-            for leftover in (partial, target):
-                shutil.rmtree(leftover, ignore_errors=True)
-            shutil.copytree(path, partial, ignore=shutil.ignore_patterns(".lock"))
-            partial.replace(target)
+    """Copies the set to `to`/<source>/<task>/, whole or not at all. An equal copy stays."""
+    target = to / folder.parent.parent.name / folder.parent.name / folder.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(target.parent / f".{target.name}.lock"):  # other runs of this machine may copy it
+        old = target / "meta.json"
+        if old.exists() and old.read_bytes() == (folder / "meta.json").read_bytes():
+            return
+        partial = target.with_name(f"{target.name}.partial")
+        for leftover in (partial, target):
+            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.copytree(folder, partial, ignore=shutil.ignore_patterns(".lock"))
+        partial.replace(target)
 
 
 if __name__ == "__main__":

@@ -29,22 +29,11 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))
+import store  # noqa: E402
 from published import print_statistics  # noqa: E402
-from store import DatasetWriter, return_statistics, set_folder, standard_transitions, take_lock  # noqa: E402
 
-from common import (  # noqa: E402
-    BAR_SECONDS,
-    Count,
-    EnvPool,
-    UserError,
-    Weight,
-    Whole,
-    check_ranges,
-    cores,
-    make_env,
-    one_line_errors,
-    write_atomically,
-)
+import common  # noqa: E402
+from common import BAR_SECONDS, Count, Dataset, EnvPool, UserError, Weight, Whole, check_ranges, cores  # noqa: E402
 
 POLICIES = Path(__file__).resolve().parent / "policies"
 PARTS = ("medium", "expert")  # of medexp
@@ -214,7 +203,7 @@ def source_of(args: Args, name: str, total: int, action_dim: int) -> Sampled | R
 
 def successful_episodes(args: Args, policy: ScriptedPolicy, total: int) -> list[int]:
     """The first `total` episodes of a scripted policy that come to a success, found without rendering."""
-    env, chosen, first, tried = make_env(args.task, size=None), [], [], 0
+    env, chosen, first, tried = common.make_env(args.task, size=None), [], [], 0
     while len(chosen) < total:
         rng = rng_of("demos", args.seed, tried)
         info, solved = env.reset(int(rng.integers(2**31)))[1], []
@@ -278,7 +267,7 @@ def rollouts(args: Args, name: str, total: int, folder: Path | None) -> np.ndarr
     else:
         mujoco = importlib.metadata.version("mujoco")
         facts = {"render": args.render, "mujoco": mujoco, "recipe": recipe_of(args, name, total)}
-        with DatasetWriter(folder, args.size, action_dim, args.task, "made", **facts) as writer:
+        with store.DatasetWriter(folder, args.size, action_dim, args.task, "made", **facts) as writer:
             if writer.episodes:
                 print(f"continuing after {writer.episodes} episodes")
             for episode in episodes_of(source, pool, range(total if writer.complete else writer.episodes, total), args):
@@ -320,6 +309,22 @@ def episodes_of(source, pool: EnvPool, episodes: range, args: Args):
                 bar.write(f"as fast as the first {real}: about {minutes:.1f} min for the other {left} episodes")
 
 
+def join(path: Path, sets: list[Dataset]) -> None:
+    """Writes the set of all episodes of `sets`. Their frames are linked, which takes no space."""
+    path.mkdir(parents=True, exist_ok=True)
+    with store.take_lock(path / ".lock", wait=True), store.plain_errors(path):
+        for i, part in enumerate(sets):
+            (path / f"image-{i}.npy").unlink(missing_ok=True)
+            os.link(part.path / "image.npy", path / f"image-{i}.npy")
+        names = {"action": "action", "reward": "reward", "discount": "discount", "episode": "first_rows"}
+        rows = {name: [getattr(part, attribute) for part in sets] for name, attribute in names.items()}
+        rows["episode"][1] = rows["episode"][1] + len(rows["reward"][0])
+        for name, parts in rows.items():
+            np.save(path / f"{name}.npy", np.concatenate(parts))
+        recipe = {part.meta["name"]: part.meta["recipe"] for part in sets}
+        store.write_meta(path, sets[0].meta | {"name": path.name, "recipe": recipe})
+
+
 def main(args: Args) -> None:
     noise = f"-noise{args.action_noise:g}" if args.action_noise else ""
     check_ranges(args)
@@ -327,28 +332,24 @@ def main(args: Args) -> None:
         raise UserError(problem)
 
     def folder(name: str, transitions: int | None) -> Path:
-        return set_folder(args.data_dir, "made", args.task, name + noise, args.size, transitions, args.seed)
+        return store.set_folder(args.data_dir, "made", args.task, name + noise, args.size, transitions, args.seed)
 
     def make(name: str, transitions: int | None) -> np.ndarray:
-        return collect(args, name, transitions or standard_transitions(args.task, name), folder(name, transitions))
+        total = transitions or store.standard_transitions(args.task, name)
+        return collect(args, name, total, folder(name, transitions))
 
     if args.dataset == "medexp":
         each = None if args.transitions is None else args.transitions // 2
         returns = np.concatenate([make(name, each) for name in PARTS])
         if not args.stats_only:
-            path = folder("medexp", args.transitions)
-            path.mkdir(parents=True, exist_ok=True)
-            with take_lock(path / ".lock", wait=True):
-                parts = [os.path.relpath(folder(name, each), path) for name in PARTS]
-                meta = {"format": 1, "name": "medexp", "parts": parts, "returns": return_statistics(returns)}
-                write_atomically(path / "meta.json", json.dumps(meta, indent=1).encode())
+            join(folder("medexp", args.transitions), [Dataset(folder(name, each)) for name in PARTS])
     else:
         returns = make(args.dataset, args.transitions)
-    print_statistics(args.task, args.dataset, return_statistics(returns), "made", len(returns))
+    print_statistics(args.task, args.dataset, store.return_statistics(returns), "made", len(returns))
 
 
 if __name__ == "__main__":
     import tyro
 
-    sys.excepthook = one_line_errors
+    sys.excepthook = common.one_line_errors
     main(tyro.cli(Args))

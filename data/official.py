@@ -19,7 +19,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))
-from common import Part, UserError  # noqa: E402
+from common import Dataset, UserError  # noqa: E402
 
 NPZ_ARRAYS, NPZ_FLAGS = ("image", "action", "reward", "discount"), ("is_first", "is_last", "is_terminal")
 HDF5_ARRAYS = ("observation", "action", "reward", "discount", "step_type")
@@ -128,29 +128,43 @@ def follows(before: Path, after: Path) -> bool:
     return len(pairs) == 1 and isinstance(pairs[0][0], int) and pairs[0][1] == pairs[0][0] + 1
 
 
-def export_npz(folder: Path, episodes: list[tuple[Part, slice]]) -> None:
-    for index, (part, rows) in enumerate(episodes):
-        row, discount = np.arange(rows.stop - rows.start), part.discount[rows].astype(np.float64)
+def episodes_of(dataset: Dataset) -> list[dict[str, np.ndarray]]:
+    """image (T+1, 3, S, S), action, reward, discount of every episode, memory-mapped."""
+    episodes, before = [], 0  # before: rows in the image files before this one
+    for image in dataset.images:
+        for first, rows in zip(dataset.first_rows, dataset.lengths):
+            if before <= first < before + len(image):
+                at = slice(first, first + rows)
+                columns = {name: getattr(dataset, name)[at] for name in ("action", "reward", "discount")}
+                episodes.append({"image": image[first - before : first - before + rows]} | columns)
+        before += len(image)
+    return episodes
+
+
+def export_npz(folder: Path, dataset: Dataset) -> None:
+    for index, rows in enumerate(episodes_of(dataset)):
+        row, discount = np.arange(len(rows["reward"])), rows["discount"].astype(np.float64)
         stamp = datetime(2022, 6, 9) + timedelta(seconds=index)  # readers sort by it; the same set, the same names
         np.savez_compressed(
             folder / f"{stamp:%Y%m%dT%H%M%S}-{index:032x}-{len(row)}.npz",
-            image=part.image[rows].transpose(0, 2, 3, 1), action=part.action[rows],
-            reward=part.reward[rows].astype(np.float64), discount=discount,
+            image=rows["image"].transpose(0, 2, 3, 1), action=rows["action"],
+            reward=rows["reward"].astype(np.float64), discount=discount,
             is_first=row == 0, is_last=row == row[-1], is_terminal=discount == 0,
         )  # fmt: skip
 
 
-def export_hdf5(folder: Path, episodes: list[tuple[Part, slice]]) -> None:
+def export_hdf5(folder: Path, dataset: Dataset) -> None:
     """Shards of whole episodes, each readable alone; zero-padded names, so that any sorting is the right one."""
     import h5py
 
+    episodes = episodes_of(dataset)
     for start in range(0, len(episodes), SHARD):
         chosen = episodes[start : start + SHARD]
-        step_type = [np.r_[0.0, np.ones(rows.stop - rows.start - 2), 2.0] for _, rows in chosen]
+        step_type = [np.r_[0.0, np.ones(len(rows["reward"]) - 2), 2.0] for rows in chosen]
         with h5py.File(folder / f"{start // SHARD:04d}.hdf5", "w") as shard:
             shard.create_dataset("step_type", data=np.concatenate(step_type), compression="gzip")
             for name in ("image", "action", "reward", "discount"):
-                array = np.concatenate([getattr(part, name)[rows] for part, rows in chosen])
+                array = np.concatenate([rows[name] for rows in chosen])
                 array = array.astype(np.float64) if array.ndim == 1 else array
                 key, chunks = ("observation", (1, *array.shape[1:])) if name == "image" else (name, True)
                 shard.create_dataset(key, data=array, chunks=chunks, compression="gzip")

@@ -69,14 +69,19 @@ def return_statistics(returns: np.ndarray) -> dict[str, float]:
     return {name: round(float(value), 2) for name, value in found.items()}
 
 
+def returns_of(reward: np.ndarray, first_rows: np.ndarray) -> np.ndarray:
+    """Undiscounted returns (E,) float64 of arrival rows (N,): the reset row's reward is 0."""
+    return np.add.reduceat(reward.astype(np.float64), first_rows)
+
+
 def write_meta(path: Path, meta: dict) -> None:
     """`meta` with counts, returns and hashes of the arrays in `path`, as its meta.json, whole or not at all."""
     reward, episode = (np.load(path / f"{name}.npy", mmap_mode="r") for name in ("reward", "episode"))
-    returns = np.add.reduceat(reward.astype(np.float64), episode)  # undiscounted; the reset row's reward is 0
+    returns = returns_of(reward, episode)
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)}
     facts = {"format": 1, "rows": len(reward), "episodes": len(episode), "transitions": len(reward) - len(episode)}
     facts |= {"returns": return_statistics(returns), "episode_returns": returns.round(3).tolist()}
-    facts |= {"versions": versions, "sha256": {name: sha256(path / f"{name}.npy") for name in ARRAYS}}
+    facts |= {"versions": versions, "sha256": {file.stem: sha256(file) for file in sorted(path.glob("*.npy"))}}
     write_atomically(path / "meta.json", json.dumps(meta | facts, indent=1).encode())
 
 

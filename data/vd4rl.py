@@ -10,7 +10,6 @@ all have been looked at. What no set can hold stops it, with file and row; what 
 
 import hashlib
 import json
-import os
 import re
 import sys
 from collections import defaultdict
@@ -26,11 +25,12 @@ from tyro.conf import Positional
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))
-from official import Episode, Notes, export_hdf5, export_npz, hdf5_episodes, natural, npz_episodes  # noqa: E402
+import official  # noqa: E402
+from official import Episode, Notes  # noqa: E402
 from published import TABLE_5, print_statistics  # noqa: E402
-from store import DatasetWriter, return_statistics, set_folder, sha256, standard_transitions  # noqa: E402
+from store import DatasetWriter, return_statistics, returns_of, set_folder, sha256, standard_transitions  # noqa: E402
 
-from common import ARRAYS, BAR_SECONDS, Dataset, Part, UserError, one_line_errors  # noqa: E402
+from common import BAR_SECONDS, Dataset, UserError, one_line_errors  # noqa: E402
 
 TASKS = ("walker-walk", "cheetah-run", "humanoid-walk")
 OURS = {"random": "random", "medium_replay": "mixed", "medium": "medium", "medium_expert": "medexp", "expert": "expert"}
@@ -133,9 +133,10 @@ def import_set(
         data_dir: default: $CLEANPIXELS_DATA, else datasets/ beside common.py
     """
     task, name = names_from(path, task, name)
-    kinds = {".npz": npz_episodes, ".hdf5": hdf5_episodes}
-    files = sorted((f for f in path.glob("*") if f.suffix in kinds and not f.name.startswith(".")), key=natural)
-    if len({file.suffix for file in files}) != 1:  # names that begin with a dot are macOS's, beside each file
+    kinds = {".npz": official.npz_episodes, ".hdf5": official.hdf5_episodes}
+    files = [file for file in path.glob("[!.]*") if file.suffix in kinds]  # macOS puts a .file beside each
+    files = sorted(files, key=official.natural)
+    if len({file.suffix for file in files}) != 1:
         raise UserError(f"{path}: {len(files)} *.npz and *.hdf5 files; expected a folder with files of one kind")
 
     def read(notes: Notes) -> Iterator[Episode]:
@@ -203,16 +204,14 @@ def listed(places: list) -> str:
 def export(path: Positional[Path], out: Path, format: Literal["npz", "hdf5"] = "npz") -> None:
     """One of our sets -> a new folder `out` of official files. npz: Offline DV2, LOMPO; hdf5: DrQ+BC, CQL, BC."""
     dataset = Dataset(path)
-    episodes = [(part, slice(first, first + length)) for part in dataset.parts
-                for first, length in zip(part.episode, part.lengths)]  # fmt: skip
     temporary = out.with_name(f"{out.name}.unfinished")  # a folder under its own name is whole
     for folder in (out, temporary):
         if folder.exists():
             raise UserError(f"{folder} exists; delete it, or export to another folder")
     temporary.mkdir(parents=True)
-    {"npz": export_npz, "hdf5": export_hdf5}[format](temporary, episodes)
+    {"npz": official.export_npz, "hdf5": official.export_hdf5}[format](temporary, dataset)
     temporary.rename(out)
-    print(f"{out}: {len(episodes):,} episodes of {dataset.task} at {dataset.size} px")
+    print(f"{out}: {dataset.num_episodes:,} episodes of {dataset.task} at {dataset.size} px")
     if dataset.size != {"npz": 64, "hdf5": 84}[format]:
         print(f"note: official {format} files have another size; see that whoever reads these accepts it")
 
@@ -229,40 +228,36 @@ def check(path: Positional[Path]) -> None:
 
 
 def findings(path: Path) -> Iterator[str]:
-    """What is wrong with a set and its parts. Reads the frames twice: for their hash, and an episode at a time."""
+    """What is wrong with a set. Reads the frames twice: for their hash, and an episode at a time."""
     try:
-        dataset, meta = Dataset(path), json.loads((path / "meta.json").read_text())
+        dataset = Dataset(path)
     except UserError as error:
         yield str(error)
         return
-    for folder, part in zip(meta.get("parts", [""]), dataset.parts):
-        yield from part_findings(Path(os.path.normpath(path / folder)), part)
-    returns = return_statistics(np.concatenate([part.returns for part in dataset.parts]))
-    if any(abs(meta.get("returns", {}).get(key, np.inf) - value) > 0.02 for key, value in returns.items()):
-        yield f"{path}/meta.json: returns are not those of the arrays"
-
-
-def part_findings(path: Path, part: Part) -> Iterator[str]:
-    meta = part.meta
-    for name in ARRAYS:
-        if sha256(path / f"{name}.npy") != meta["sha256"].get(name):
+    meta = dataset.meta
+    for name, digest in meta["sha256"].items():
+        if sha256(path / f"{name}.npy") != digest:
             yield f"{path}/{name}.npy: another sha256 than in meta.json; it changed after it was written"
-    if meta.get("transitions") != len(part.reward) - len(part.episode):
+    if meta.get("transitions") != dataset.num_transitions:
         yield f"{path}/meta.json: transitions are not the rows less the episodes"
-    if not np.array_equal(part.returns.round(3), meta.get("episode_returns")):
+    returns = returns_of(dataset.reward, dataset.first_rows)
+    if not np.array_equal(returns.round(3), meta.get("episode_returns")):
         yield f"{path}/meta.json: episode_returns are not the sums of reward.npy"
-    first, last = part.episode, part.episode + part.lengths - 1
+    statistics = return_statistics(returns).items()
+    if any(abs(meta.get("returns", {}).get(key, np.inf) - value) > 0.02 for key, value in statistics):
+        yield f"{path}/meta.json: returns are not those of the arrays"
+    first, last = dataset.first_rows, dataset.first_rows + dataset.lengths - 1
     bad = defaultdict(list)
-    for start, end in zip(first, last + 1):
-        for kind, wrong in flaws(part.image[start:end], part.action[start:end], part.reward[start:end]).items():
+    for start, rows in zip(first, official.episodes_of(dataset)):
+        for kind, wrong in flaws(rows["image"], rows["action"], rows["reward"]).items():
             bad[kind] += (start + np.flatnonzero(wrong)).tolist()
-    odd = part.discount != 1
-    odd[last] &= part.discount[last] != 0
+    odd = dataset.discount != 1
+    odd[last] &= dataset.discount[last] != 0
     bad["discount neither 1 nor, in an episode's last row, 0"] = np.flatnonzero(odd).tolist()
-    bad["action in an episode's first row: no arrival rows"] = first[part.action[first].any(1)].tolist()
-    bad["reward in an episode's first row: no arrival rows"] = first[part.reward[first] != 0].tolist()
+    bad["action in an episode's first row: no arrival rows"] = first[dataset.action[first].any(1)].tolist()
+    bad["reward in an episode's first row: no arrival rows"] = first[dataset.reward[first] != 0].tolist()
     if meta["task"] in TASKS:
-        bad["reward outside [0, 2]"] = np.flatnonzero((part.reward < 0) | (part.reward > 2)).tolist()
+        bad["reward outside [0, 2]"] = np.flatnonzero((dataset.reward < 0) | (dataset.reward > 2)).tolist()
     yield from (f"{path}: {kind}: row {listed(found)}" for kind, found in bad.items() if found)
 
 

@@ -30,24 +30,21 @@ def wait_until(condition, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
-def test_sets_are_staged_whole_with_their_parts(tmp_path):
-    task, node = tmp_path / "data" / "made" / "own", tmp_path / "node"
-    parts = [write_set(task / name, (6,), 21, seed=seed) for seed, name in enumerate(("medium-21px", "expert-21px"))]
-    (task / "medexp-21px").mkdir()
-    meta = {"format": 1, "name": "medexp", "parts": ["../medium-21px", "../expert-21px"]}
-    (task / "medexp-21px" / "meta.json").write_text(json.dumps(meta))
-    (node / "made" / "own" / "expert-21px.partial").mkdir(parents=True)  # a copy that was killed
+def test_sets_are_staged_whole(tmp_path):
+    path, copy = tmp_path / "data/made/own/random-21px", tmp_path / "node/made/own/random-21px"
+    write_set(path, (6,), 21)
+    copy.with_name("random-21px.partial").mkdir(parents=True)  # a copy that was killed
     for _ in range(2):
-        stage.stage(task / "medexp-21px", node)
-        assert common.Dataset(node / "made" / "own" / "medexp-21px").num_transitions == 12
-        (node / "made" / "own" / "medium-21px" / "mine").touch()  # would be gone if it were copied again
-    assert (node / "made" / "own" / "medium-21px" / "mine").exists()
-    shutil.rmtree(parts[0])
-    write_set(parts[0], (8,), 21, seed=5)  # the set was made anew
-    stage.stage(task / "medexp-21px", node)
-    assert common.Dataset(node / "made" / "own" / "medexp-21px").num_transitions == 14
-    for to, text in (("$UNSET_HERE", "$UNSET_HERE: it names a variable"), (parts[1] / "meta.json", "Not a directory")):
-        done = subprocess.run([sys.executable, stage.__file__, parts[0], to], capture_output=True, text=True)
+        stage.stage(path, tmp_path / "node")
+        assert common.Dataset(copy).num_transitions == 6
+        (copy / "mine").touch()  # would be gone if it were copied again
+    assert (copy / "mine").exists()
+    shutil.rmtree(path)
+    write_set(path, (8,), 21, seed=5)  # the set was made anew
+    stage.stage(path, tmp_path / "node")
+    assert common.Dataset(copy).num_transitions == 8
+    for to, text in (("$UNSET_HERE", "$UNSET_HERE: it names a variable"), (path / "meta.json", "Not a directory")):
+        done = subprocess.run([sys.executable, stage.__file__, path, to], capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith("error: --stage-dir ") and text in done.stderr
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import train_sac
 import tyro
+import vd4rl
 from collect import POLICIES, Args, SACPolicy
 from conftest import ENVIRONMENT, ROOT, run_python
 from published import TABLE_5
@@ -56,14 +57,14 @@ def test_bytes_do_not_depend_on_workers_or_on_how_many_follow(short, tmp_path):
 
 def test_an_interrupted_collector_continues_to_the_same_bytes(short, tmp_path, monkeypatch, capsys):
     wanted = make(tmp_path / "wanted", episodes=5, workers=2)
-    original = collect.DatasetWriter.add
+    original = collect.store.DatasetWriter.add
 
     def add(writer, *episode):
         if writer.episodes == 3:
             raise KeyboardInterrupt
         original(writer, *episode)
 
-    monkeypatch.setattr(collect.DatasetWriter, "add", add)
+    monkeypatch.setattr(collect.store.DatasetWriter, "add", add)
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path / "killed", episodes=5, workers=2)
     monkeypatch.undo()
@@ -179,19 +180,17 @@ def test_the_actor_in_numpy_is_the_trained_one(tmp_path):
         assert actions.dtype == np.float32 and np.array_equal(actions, np.float32(np.rint(actions * 32767) / 32767))
 
 
-def test_medexp_lists_two_parts(short, policies, tmp_path):
-    folder = make(tmp_path, "medexp", episodes=4)
-    meta = json.loads((folder / "meta.json").read_text())
-    assert meta["parts"] == ["../medium-16px-40", "../expert-16px-40"]
-    assert [file.name for file in folder.glob("*.npy")] == []  # no frame is stored twice
-    dataset = Dataset(folder)
+def test_medexp_joins_two_sets_and_copies_no_frame(short, policies, tmp_path):
+    dataset = Dataset(folder := make(tmp_path, "medexp", episodes=4))
+    sets = [Dataset(folder.parent / f"{name}-16px-40") for name in ("medium", "expert")]
     assert (dataset.num_transitions, dataset.num_episodes, dataset.task) == (80, 4, "walker-walk")
-    parts = [load(folder.parent / f"{name}-16px-40") for name in ("medium", "expert")]
-    returns = np.concatenate([rows["reward"].reshape(2, SHORT + 1).sum(1) for rows in parts])
-    assert meta["returns"]["mean"] == pytest.approx(returns.mean(), abs=0.01)
-    assert not np.array_equal(parts[0]["action"], parts[1]["action"])
-    moved = folder.parent.rename(tmp_path / "elsewhere")  # the parts are named relative to the set
-    assert Dataset(moved / folder.name).hash == dataset.hash
+    for i, part in enumerate(sets):
+        assert (folder / f"image-{i}.npy").samefile(part.path / "image.npy")
+    for name in ("action", "reward", "discount", "lengths"):
+        assert np.array_equal(getattr(dataset, name), np.concatenate([getattr(part, name) for part in sets]))
+    assert dataset.first_rows.tolist() == [0, 21, 42, 63] and not np.array_equal(sets[0].action, sets[1].action)
+    assert dataset.meta["episode_returns"] == sets[0].meta["episode_returns"] + sets[1].meta["episode_returns"]
+    assert list(vd4rl.findings(folder)) == []
 
 
 def test_a_policys_set_holds_its_sampled_actions(short, policies, tmp_path):

@@ -139,6 +139,7 @@ def test_time_runs_out_after_500_steps_and_is_not_terminal():
     flags = [env.step(action)[2:4] for action in actions_of(6, 500)]
     assert flags[:499] == [(False, False)] * 499 and flags[499] == (False, True)
     assert env.spec == {"action_dim": 6, "action_repeat": 2, "return_per_score": 10, "episode_steps": 500}
+    assert isinstance(env.spec["episode_steps"], int)  # MOTO makes room for as many rows
 
 
 @pytest.mark.parametrize("discount, flags", [(0.0, (True, False)), (1.0, (False, True))])
@@ -213,20 +214,23 @@ def test_finished_episodes_get_no_reward_and_keep_their_obs():
     assert pool.step(np.array([[2.0, 0.0], [0.5, 0.0]]))[2].tolist() == pool.done.tolist() == [True, False]
 
 
+def processes_of(pool: EnvPool) -> list[multiprocessing.Process]:
+    return [process for worker in pool.workers for process in worker._processes.values()]
+
+
 def test_a_workers_exception_is_raised_here_with_its_traceback():
     with worker_pool("walker-walk", None, 2, workers=2) as pool:
         pool.reset([0, 1])
-        message = "(?s)in an environment worker:.*Traceback.*in step.*ValueError.*broadcast"
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(ValueError, match="broadcast") as error:
             pool.step(np.zeros((2, 5)))  # walker has 6 joints
-        assert not any(process.is_alive() for _, process in pool.workers)
+        assert "in step" in str(error.value.__cause__)
 
 
 @pytest.mark.parametrize("moment", ["idle", "busy"])
 def test_a_killed_worker_is_named(moment):
     with worker_pool("walker-walk", None, 2, workers=2) as pool:
         pool.reset([0, 1])
-        victim = pool.workers[1][1]
+        victim = processes_of(pool)[1]
         os.kill(victim.pid, signal.SIGKILL if moment == "idle" else signal.SIGSTOP)
         if moment == "idle":
             victim.join(10)
@@ -241,7 +245,7 @@ def test_workers_leave_signals_to_their_parent():
     with worker_pool("walker-walk", None, 2, workers=2) as pool:
         pool.reset([0, 1])
         server = multiprocessing.forkserver._forkserver._forkserver_pid
-        for pid in (server, *(process.pid for _, process in pool.workers)):
+        for pid in (server, *(process.pid for process in processes_of(pool))):
             os.kill(pid, signal.SIGTERM)
         time.sleep(0.2)
         assert (pool.step(np.zeros((2, 6)))[1] > 0).all()
@@ -269,7 +273,8 @@ def twice(env, number):
 
 if __name__ == "__main__":
     pool = EnvPool("cheetah-run", 16, 2, workers=2)
-    print([process.pid for _, process in pool.workers], pool.call(twice, [(1,), (2,)]), flush=True)
+    pids = [pid for worker in pool.workers for pid in worker._processes]
+    print(pids, pool.call(twice, [(1,), (2,)]), flush=True)
     pool.reset([0, 1])
     time.sleep(100 * (len(sys.argv) > 1))
 """)

@@ -49,7 +49,6 @@ def test_penalties_against_numpy(name):
 
 def test_real_transitions_are_those_of_the_set(made, dataset):
     _, latent, _ = made
-    part = dataset.parts[0]
     starts = [row for row in range(30) if row not in LAST]
     assert latent.starts.tolist() == starts and (latent.feat.abs().sum(1) > 0).all()  # the last rows' states too
     found, seen = latent.sample(601), set()
@@ -59,8 +58,8 @@ def test_real_transitions_are_those_of_the_set(made, dataset):
         row = (latent.feat == real.feat[i]).all(1).nonzero().item()
         seen.add(row)
         assert torch.equal(real.next_feat[i], latent.feat[row + 1])  # action row + 1 leads from image row to the next
-        np.testing.assert_array_equal(real.action[i], part.action[row + 1])
-        assert real.reward[i] == np.float32(part.reward[row + 1]) and real.discount[i] == part.discount[row + 1]
+        np.testing.assert_array_equal(real.action[i], dataset.action[row + 1])
+        assert real.reward[i] == dataset.reward[row + 1] and real.discount[i] == dataset.discount[row + 1]
     assert seen == set(starts) and (real.discount == 0).any()
 
 

@@ -56,15 +56,15 @@ def test_the_set_is_what_was_recorded(recorded, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "2 episodes, 10 transitions" in printed and "0: 1, 1: 1, 2: 0" in printed
     dataset = Dataset(tmp_path / "made" / "kitchen-mixed" / "mixed-24px")
-    part, episodes = dataset.parts[0], list(recorded[0].iterate_episodes())
-    assert dataset.task == "kitchen-mixed" and part.lengths.tolist() == [5, 7]
-    dataset.rows()
-    for first, episode in zip(part.episode, episodes):
+    episodes = list(recorded[0].iterate_episodes())
+    assert dataset.task == "kitchen-mixed" and dataset.lengths.tolist() == [5, 7]
+    dataset.check_values()
+    for first, episode in zip(dataset.first_rows, episodes):
         rows = slice(first + 1, first + 1 + len(episode.actions))
-        np.testing.assert_allclose(part.action[rows], episode.actions, rtol=1e-6)
-    assert part.reward[1:5].max() == 0 and (part.reward[6:] == 1).all()  # step after step, not once
-    assert part.meta["recipe"]["camera"]["distance"] == 1.86
-    stored, seen = part.image.astype(float), recorded[1].astype(float)
+        np.testing.assert_allclose(dataset.action[rows], episode.actions, rtol=1e-6)
+    assert dataset.reward[1:5].max() == 0 and (dataset.reward[6:] == 1).all()  # step after step, not once
+    assert dataset.meta["recipe"]["camera"]["distance"] == 1.86
+    stored, seen = dataset.images[0].astype(float), recorded[1].astype(float)
     assert seen.shape == stored.shape and seen.std() > 10
     here, before = np.abs(stored - seen).mean((1, 2, 3)), np.abs(stored[1:] - seen[:-1]).mean((1, 2, 3))
     assert (here < 1.5).all() and (here[1:] < 0.5 * before).all()  # but for the state's noise

@@ -262,11 +262,11 @@ def assert_buffer_is(buffer, episodes: list[tuple]) -> None:
 
 def episodes_of(path) -> list[tuple]:
     """A set's, as episode_of has them."""
-    part, found = common.Dataset(path).parts[0], []
-    for first, rows in zip(part.episode, part.lengths):
+    dataset, found = common.Dataset(path), []
+    for first, rows in zip(dataset.first_rows, dataset.lengths):
         own = slice(first + 1, first + rows)
-        terminal = part.discount[first + rows - 1] == 0
-        found.append((part.image[first : first + rows], part.action[own], part.reward[own], terminal))
+        terminal = dataset.discount[first + rows - 1] == 0
+        found.append((dataset.images[0][first : first + rows], dataset.action[own], dataset.reward[own], terminal))
     return found
 
 

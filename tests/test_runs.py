@@ -551,7 +551,7 @@ MISTAKES = [
     ("bc", "--dataset .", ". is no whole set"),
     ("bc", "--buffer-device cuda", "there is no CUDA device here"),
     ("bc", "--dataset expert --source vd4rl --data-dir /nowhere", "vd4rl.py import --help"),
-    ("drq_bc", "--nstep 31", "no episode is as long as --nstep 31"),
+    ("drq_bc", "--nstep 31", "no episode is long enough for --nstep 31"),
     ("offline_dv2", "--window 14", "--window 14 needs as many"),
 ]
 MISTAKES += [(*line.split(maxsplit=1), ": from ") for line in RANGES.split(";")]

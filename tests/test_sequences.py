@@ -1,7 +1,6 @@
 """SequenceBuffer against the set itself: which windows there are, how often, what is in them; batches of a GPU."""
 
-import json
-
+import collect
 import numpy as np
 import pytest
 import torch
@@ -18,14 +17,12 @@ def spelled(image: torch.Tensor) -> np.ndarray:
 
 
 def sets_of(folder, lengths, parts: int) -> Dataset:
-    """Episodes of `lengths`; as one set or, with parts = 2, as two that are read as one."""
+    """Episodes of `lengths`; as one set or, with parts = 2, as two that are joined."""
+    sets = [Dataset(write_set(folder / str(i), lengths, 3, terminal_last=True, seed=i)) for i in range(parts)]
     if parts == 1:
-        return Dataset(write_set(folder / "set", lengths, size=3, terminal_last=True))
-    for seed, name in enumerate("ab"):
-        write_set(folder / name, lengths, size=3, seed=seed, terminal_last=True)
-    (folder / "set").mkdir()
-    (folder / "set" / "meta.json").write_text(json.dumps({"parts": ["../a", "../b"]}))
-    return Dataset(folder / "set")
+        return sets[0]
+    collect.join(folder / "both", sets)
+    return Dataset(folder / "both")
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -34,13 +31,11 @@ def test_every_window_equals_a_naive_loop(tmp_path_factory, lengths, window, par
     """lengths: steps, so one row less than an episode has."""
     dataset = sets_of(tmp_path_factory.mktemp("naive"), lengths, parts)
     if max(lengths) + 1 < window:
-        with pytest.raises(UserError, match=f"its longest episode has {max(lengths) + 1} rows, --window {window}"):
+        with pytest.raises(UserError, match=f"no episode is long enough for --window {window}"):
             SequenceBuffer(dataset, 8, window)
         return
-    image, action, reward, discount = (
-        np.concatenate([getattr(part, name) for part in dataset.parts])
-        for name in ("image", "action", "reward", "discount")
-    )
+    arrays = {name: getattr(dataset, name) for name in ("action", "reward", "discount")}
+    arrays["image"] = np.concatenate(dataset.images)
     expected, first_rows, row = set(), set(), 0
     for steps in lengths * parts:
         first_rows.add(row)
@@ -53,7 +48,7 @@ def test_every_window_equals_a_naive_loop(tmp_path_factory, lengths, window, par
         rows = batch.row.numpy()
         found |= set(rows[:, 0].tolist())
         assert (np.diff(rows) == 1).all() and (np.diff(rows[:, 0]) >= 0).all()
-        for name, array in {"image": image, "action": action, "reward": reward, "discount": discount}.items():
+        for name, array in arrays.items():
             np.testing.assert_array_equal(getattr(batch, name), array[rows])
         if parts == 1:
             np.testing.assert_array_equal(spelled(batch.image), rows)
@@ -75,7 +70,7 @@ def test_501_rows_have_452_windows_of_50(tmp_path):
 def test_episodes_are_drawn_alike_however_long_they_are(tmp_path, capsys):
     dataset = Dataset(write_set(tmp_path / "set", lengths=(60, 6, 3), size=1))
     rows = SequenceBuffer(dataset, 20_000, 5).sample(images=False).row[:, 0]
-    assert "note: 1 episodes of" in capsys.readouterr().out  # the third is too short
+    assert "note: 1 of 3 episodes in" in capsys.readouterr().out  # the third is too short
     assert (rows >= 61).float().mean().item() == pytest.approx(0.5, abs=0.02) and rows.max() < 68
     long = torch.bincount(rows[rows < 61])  # and its starts alike
     assert len(long) == 57 and long.min() > 100

@@ -9,6 +9,7 @@ import shutil
 from functools import partial
 from types import SimpleNamespace
 
+import collect
 import numpy as np
 import pytest
 import scipy.stats
@@ -262,10 +263,9 @@ def test_compiled_losses_equal_eager_ones(algo, phase, monkeypatch):
 
 @TWO_PHASES
 def test_the_sets_embeddings_are_those_of_the_batch(algo, tmp_path):
-    """Of a set in two parts, in pieces that divide neither."""
+    """Of a set with two image files, in pieces that divide neither."""
     paths = [write_set(tmp_path / name, lengths=(12, 9), size=64, seed=seed) for seed, name in enumerate("ab")]
-    (tmp_path / "both").mkdir()
-    (tmp_path / "both" / "meta.json").write_text(json.dumps({"parts": [f"../{path.name}" for path in paths]}))
+    collect.join(tmp_path / "both", list(map(common.Dataset, paths)))
     agent, buffer = make_agent(algo), common.SequenceBuffer(common.Dataset(tmp_path / "both"), 8, 5)
     embeds, batch = agent.embed_set(buffer, rows=7), buffer.sample()
     assert len(embeds) == 46 and batch.row.min() < 23 <= batch.row.max()
