@@ -81,21 +81,28 @@ def test_episodes_are_drawn_alike_however_long_they_are(tmp_path, capsys):
     assert len(long) == 57 and long.min() > 100
 
 
-def test_sampling_continues_from_its_state_and_leaves_the_global_generator_alone(tmp_path):
+BOTH = pytest.mark.parametrize("make", [SequenceBuffer, TransitionBuffer])
+
+
+@BOTH
+def test_sampling_continues_from_its_state_and_leaves_the_global_generator_alone(tmp_path, make):
     dataset = Dataset(write_set(tmp_path / "set", size=3))
-    buffer, other = SequenceBuffer(dataset, 8, 3, seed=5), SequenceBuffer(dataset, 8, 3, seed=6)
-    buffer.sample()
-    state, before = buffer.state_dict(), torch.get_rng_state()
-    state = {name: value.clone() for name, value in state.items()}
-    rows = buffer.sample().row
-    other.load_state_dict(state)
-    assert torch.equal(other.sample(images=False).row, rows)  # without images the same rows
-    assert not torch.equal(buffer.sample().row, rows) and torch.equal(torch.get_rng_state(), before)
+    buffer, twin, other = (make(dataset, 8, 3, seed=seed) for seed in (5, 5, 6))
+    before, rewards = torch.get_rng_state(), buffer.sample().reward
+    assert torch.equal(twin.sample().reward, rewards) and not torch.equal(other.sample().reward, rewards)
+    state = {name: value.clone() for name, value in buffer.state_dict().items()}
+    expected = buffer.sample()
+    assert not torch.equal(expected.reward, rewards) and torch.equal(torch.get_rng_state(), before)
+    for again in (twin, other):
+        again.load_state_dict(state)
+    assert all(torch.equal(*pair) for pair in zip(twin.sample(), expected))
+    if make is SequenceBuffer:
+        assert torch.equal(other.sample(images=False).row, expected.row)  # without images the same rows
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("buffer_device", ["cpu", "cuda"])
-@pytest.mark.parametrize("make", [SequenceBuffer, TransitionBuffer])
+@BOTH
 def test_batches_on_cuda_are_those_of_the_cpu(tmp_path, make, buffer_device):
     dataset = Dataset(write_set(tmp_path / "set", lengths=(9, 7), size=3))
     here, there = make(dataset, 8, 3), make(dataset, 8, 3, device="cuda", buffer_device=buffer_device)
