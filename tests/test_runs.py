@@ -249,16 +249,12 @@ def test_evaluate_of_what_is_no_finished_run(train, whole, tmp_path, capsys):
         assert "config.json is missing or damaged" in line_of(train("bc", "--evaluate", name), capsys)
 
 
-def test_without_ffmpeg_there_is_a_note(train, monkeypatch, capsys, whole):
+def test_without_ffmpeg_there_is_a_note(train, monkeypatch, capsys):
     import imageio.v2 as imageio
 
-    def without_ffmpeg(*_, **__):
-        raise ValueError("Could not find a backend")
-
-    monkeypatch.setattr(imageio, "mimwrite", without_ffmpeg)
+    monkeypatch.setattr(imageio, "mimwrite", lambda *_, **__: imageio.get_reader("no backend reads this"))
     assert train("bc") is None
-    assert "evaluation.mp4 was not written (Could not find a backend)" in capsys.readouterr().out
-    assert equal_weights(train.folder("bc"), whole("bc"))
+    assert "note: evaluation.mp4 was not written (" in capsys.readouterr().out
 
 
 # ---- killed and continued ----
