@@ -43,11 +43,10 @@ def make_batch(size=21, action_dim=2, count=4, seed=0) -> common.Batch:
 
 
 @EACH
-@pytest.mark.parametrize("size, embed_dim", [(84, 39_200), (64, 20_000), (15, 32)])
+@pytest.mark.parametrize("size, embed_dim", [(64, 20_000), (15, 32)])  # 84: as released
 def test_sizes_follow_from_the_image(module, size, embed_dim):
-    with torch.device("meta"):  # sizes alone, no memory and no initialisation
-        encoder, obs = module.Encoder(9, size), torch.empty(2, 9, size, size)
-    assert encoder(obs).shape == (2, encoder.embed_dim) == (2, embed_dim)
+    encoder = module.Encoder(9, size)
+    assert encoder(torch.empty(2, 9, size, size)).shape == (2, encoder.embed_dim) == (2, embed_dim)
     with pytest.raises(common.UserError, match="14 px"):
         module.Encoder(9, 14)
 

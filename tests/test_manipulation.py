@@ -135,7 +135,7 @@ def test_unknown_tasks(task, message):
 
 
 @pytest.mark.parametrize("task, module, message", [
-    ("metaworld-drawer-open", "metaworld", "needs metaworld: .*pip install -r requirements-manipulation.txt"),
+    ("metaworld-drawer-open", "metaworld", "needs metaworld.*pip install -r requirements-manipulation.txt"),
     ("adroit-pen", "gymnasium_robotics", "needs gymnasium_robotics.*requirements-manipulation.txt"),
     ("kitchen-mixed", "manipulation", "needs manipulation: manipulation.py beside common.py"),
 ])  # fmt: skip

@@ -65,13 +65,6 @@ def test_every_window_equals_a_naive_loop(tmp_path_factory, lengths, window, par
     assert set(buffer.is_first.nonzero().flatten().tolist()) == first_rows  # sampling changes no set
 
 
-def test_501_rows_have_452_windows_of_50(tmp_path):
-    buffer = SequenceBuffer(Dataset(write_set(tmp_path / "set", lengths=(500,), size=1)), 5000, 50)
-    starts = buffer.sample().row[:, 0]
-    assert buffer.starts.tolist() == [452]
-    assert starts.min() == 0 and starts.max() == 451  # row 500 is the last of the last window
-
-
 def test_episodes_are_drawn_alike_however_long_they_are(tmp_path, capsys):
     dataset = Dataset(write_set(tmp_path / "set", lengths=(60, 6, 3), size=1))
     rows = SequenceBuffer(dataset, 20_000, 5).sample(images=False).row[:, 0]

@@ -9,7 +9,6 @@ import shutil
 from functools import partial
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -24,10 +23,8 @@ from common import UserError
 # ---- sizes, settings, first weights ----
 
 PARAMETERS = {  # at 6 action dimensions, by the papers' sizes
-    "offline_dv2": {"model.encoder": 1_551_312, "model.rssm": 2_723_392, "model.decoder": 9_886_611,
-                    "model.reward": 971_601, "model": 15_132_916, "actor": 976_012, "critic": 971_601},
-    "lompo": {"model.encoder": 690_144, "model.rssm": 1_464_576, "model.decoder": 3_887_715, "model.reward": 148_225,
-              "model": 6_190_660, "actor": 281_094, "critic.0": 215_553, "critic.1": 215_553},
+    "offline_dv2": {"model": 15_132_916, "actor": 976_012, "critic": 971_601},
+    "lompo": {"model": 6_190_660, "actor": 281_094, "critic.0": 215_553, "critic.1": 215_553},
     "moto": {"model": 15_132_916, "actor": 976_012, "critic.nets.0": 974_001, "critic.nets.1": 974_001},
 }  # fmt: skip
 
@@ -332,21 +329,12 @@ def test_the_open_loop_sees_the_first_images_and_all_actions(algo, tool):
     assert differs.tolist() == 5 * [False] + 2 * [True]  # action[5] leads to row 5
 
 
-def test_errors_and_imagined_rewards_by_hand(tool):
-    """feat is a row's number: it decodes to a grey image of row / 10 and predicts the reward row + 1."""
-    model = SimpleNamespace(
-        decoder=lambda feat: (feat / 10)[..., None, None].expand(-1, 3, 2, 2),
-        reward=lambda feat: feat + 1,
-        rssm=SimpleNamespace(imagine=lambda state, action: SimpleNamespace(feat=state.feat + action)),
-    )
-    agent = SimpleNamespace(model=model, actor=lambda feat: torch.full_like(feat, 2.0))
-    image = torch.full((1, 4, 3, 2, 2), 127, dtype=torch.uint8)
-    batch = SimpleNamespace(image=image, reward=torch.tensor([[9.0, 2.0, 5.0, 4.0]]))
-    found = tool.errors(agent, torch.arange(4.0).view(1, 4, 1), batch, first=1)
-    shown, predicted, real = np.array([0.1, 0.2, 0.3]), np.array([2, 3, 4]), np.array([2, 5, 4])
-    residual = ((predicted - real) ** 2).mean()
-    by_hand = {"image_rmse_255": 255 * np.sqrt(((shown - (127 / 255 - 0.5)) ** 2).mean())}
-    by_hand |= {"reward_rmse": np.sqrt(residual), "reward_r2": 1 - residual / real.var()}
-    assert found == pytest.approx(by_hand, rel=1e-5)
-    state = SimpleNamespace(feat=torch.tensor([[1.0], [5.0]]))
-    assert tool.imagined_reward(agent, state, 3).tolist() == [18, 30]  # from 1: 3, 5, 7, rewards 4, 6, 8
+def test_errors_by_hand(tool):
+    """feat is a row's number: it decodes to a grey image of row / 10 and predicts the reward row + 1. Of rows 1 to 3
+    the images are off by 0.102, 0.202 and 0.302, and rewards of 2, 5 and 4 are predicted as 2, 3 and 4."""
+    grey = SimpleNamespace(decoder=lambda feat: (feat / 10)[..., None, None].expand(-1, 3, 2, 2))
+    grey.reward = lambda feat: feat + 1
+    batch = SimpleNamespace(image=torch.full((1, 4, 3, 2, 2), 127).byte(), reward=torch.tensor([[9.0, 2, 5, 4]]))
+    found = tool.errors(SimpleNamespace(model=grey), torch.arange(4.0).view(1, 4, 1), batch, first=1)
+    expected = {"image_rmse_255": 55.549, "reward_rmse": (4 / 3) ** 0.5, "reward_r2": 1 / 7}
+    assert found == pytest.approx(expected, rel=1e-4)
