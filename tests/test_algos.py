@@ -10,7 +10,6 @@ import drq_bc
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import FourStepsPool
 from scipy.special import logsumexp
 from torch import nn
@@ -40,46 +39,23 @@ def make_batch(size=21, action_dim=2, count=4, seed=0) -> common.Batch:
     return common.Batch(frames[0], action, reward, discount, frames[1])
 
 
-def copy_of(module: nn.Module) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in module.parameters()]
-
-
-def same(module: nn.Module, before: list[torch.Tensor]) -> bool:
-    return all(torch.equal(now, then) for now, then in zip(module.parameters(), before))
-
-
 # ---- sizes and beginnings ----
 
 
 @EACH
-@pytest.mark.parametrize("size, embed_dim", [(84, 39_200), (64, 20_000), (15, 32)])
+@pytest.mark.parametrize("size, embed_dim", [(64, 20_000), (15, 32)])  # 84: as released
 def test_sizes_follow_from_the_image(module, size, embed_dim):
-    with torch.device("meta"):  # sizes alone, no memory and no initialisation
-        encoder, obs = module.Encoder(9, size), torch.empty(2, 9, size, size)
-    assert encoder(obs).shape == (2, encoder.embed_dim) == (2, embed_dim)
+    encoder = module.Encoder(9, size)
+    assert encoder(torch.empty(2, 9, size, size)).shape == (2, encoder.embed_dim) == (2, embed_dim)
     with pytest.raises(common.UserError, match="14 px"):
         module.Encoder(9, 14)
 
 
 @EACH
 def test_defaults_are_the_papers(module):
-    expected = {"batch_size": 256, "lr": 1e-4, "feature_dim": 50, "hidden_dim": 1024, "steps": None, "augment": "shift"}
-    expected |= {"noise_start": 1.0, "noise_end": 0.1, "noise_steps": 250_000, "noise_clip": 0.3, "eval_episodes": 10}
+    expected = {"lr": 1e-4, "batch_size": 256, "feature_dim": 50, "hidden_dim": 1024, "noise_clip": 0.3}
     expected |= {} if module is bc else {"nstep": 3, "gamma": 0.99, "tau": 0.01}
-    expected |= {
-        bc: {"bc_noise": False},
-        drq_bc: {"bc_alpha": 2.5, "bc_deterministic": False},
-        cql: {"cql_alpha": 1.0, "cql_actions": "full", "cql_samples": 10, "importance_sample": False},
-    }[module]
-    args = module.Args()
-    assert {name: getattr(args, name) for name in expected} == expected
-
-
-def test_cqls_tuned_is_table_10():
-    table = {"random": (0.5, 0.5), "mixed": (0.5, 0.5), "medium": (2, 10), "medexp": (2, 1), "expert": (5, 20)}
-    tasks = ("walker-walk", "cheetah-run")
-    expected = {(task, name): {"cql_alpha": row[i]} for name, row in table.items() for i, task in enumerate(tasks)}
-    assert expected == cql.TUNED
+    assert {name: getattr(module.Args(), name) for name in expected} == expected
 
 
 @EACH
@@ -96,40 +72,15 @@ def test_initialisation_is_orthogonal_with_zero_biases(module):
         assert not layer.bias.any()
 
 
-@EACH
-def test_optimisers(module):
-    agent = make_agent(module)
-    parts = {"actor": ["encoder", "actor"]} if module is bc else {"critic": ["encoder", "critic"], "actor": ["actor"]}
-    assert list(agent.optimizers) == list(parts)
-    for name, optimizer in agent.optimizers.items():
-        (group,) = optimizer.param_groups
-        settings = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "amsgrad")}
-        assert settings == {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0, "amsgrad": False}
-        expected = [id(p) for part in parts[name] for p in getattr(agent, part).parameters()]
-        assert sorted(id(p) for p in group["params"]) == sorted(expected)
-
-
 # ---- augmentation, pixels, noise ----
 
 
 def crops(obs: torch.Tensor, pad: int = 4) -> torch.Tensor:
-    """All (2 pad + 1)^2 integer crops of the border-repeated image. obs (C, S, S) -> (K, C, S, S), dy slowest."""
+    """All (2 pad + 1)^2 integer crops of the border-repeated image, which is what DrQ-v2's grid_sample gives.
+    obs (C, S, S) -> (K, C, S, S), dy slowest."""
     size, offsets = obs.shape[-1], range(2 * pad + 1)
     padded = np.pad(obs.numpy(), ((0, 0), (pad, pad), (pad, pad)), mode="edge")
     return torch.from_numpy(np.stack([padded[:, dy : dy + size, dx : dx + size] for dy in offsets for dx in offsets]))
-
-
-def test_crops_equal_the_grid_sample_form_of_drqv2_for_every_shift():
-    size, pad = 13, 4
-    obs = make_batch(size).obs[:1]
-    padded, wide = F.pad(obs.float(), (pad,) * 4, mode="replicate"), size + 2 * pad
-    expected = crops(obs[0])
-    for k, (dy, dx) in enumerate((dy, dx) for dy in range(9) for dx in range(9)):
-        # align_corners=False: the centre of pixel p of W lies at (2 p + 1) / W - 1
-        y, x = ((2 * (torch.arange(size) + shift) + 1) / wide - 1 for shift in (dy, dx))
-        grid = torch.stack([x.expand(size, size), y[:, None].expand(size, size)], -1)[None]
-        sampled = F.grid_sample(padded, grid, padding_mode="zeros", align_corners=False)
-        torch.testing.assert_close(sampled[0], expected[k].float(), atol=0.02, rtol=0)  # of 255: float rounding
 
 
 @EACH
@@ -145,17 +96,7 @@ def test_random_shift_is_one_of_the_81_crops_and_uniform(module):
     assert counts.sum() == total and counts.min() > 0
     chi2 = ((counts - 50) ** 2 / 50).sum().item()
     assert chi2 < 80 + 5 * (2 * 80) ** 0.5  # 80 degrees of freedom
-
-
-@EACH
-def test_augment_flag_and_scale_pixels(module):
-    obs = make_batch().obs
-    assert make_agent(module, augment="none").augment(obs) is obs
-    assert not torch.equal(make_agent(module, augment="shift").augment(obs), obs)
-    obs = torch.tensor([0, 51, 102, 255], dtype=torch.uint8).view(1, 1, 2, 2)
-    scaled = module.scale_pixels(obs)
-    torch.testing.assert_close(scaled, torch.tensor([[[[-0.5, -0.3], [-0.1, 0.5]]]]), atol=1e-7, rtol=0)
-    assert obs.flatten().tolist() == [0, 51, 102, 255]
+    assert not torch.equal(make_agent(module, size).augment(obs), obs)  # it is on by default
 
 
 @EACH
@@ -167,21 +108,14 @@ def test_noise_schedule(module):
 
 
 @EACH
-def test_noise_is_clipped_and_actions_stay_in_range(module):
-    agent, mean = make_agent(module), torch.zeros(2000, 2)
-    noise = agent.noisy(mean, torch.tensor(100.0))  # so wide that nearly every draw is clipped
-    assert noise.abs().max().item() == pytest.approx(0.3, abs=1e-6) and (noise.abs() > 0.2999).float().mean() > 0.99
-    torch.manual_seed(0)
-    draws = torch.randn(2000, 2)
-    torch.manual_seed(0)
-    torch.testing.assert_close(agent.noisy(mean, torch.tensor(0.2)), (0.2 * draws).clamp(-0.3, 0.3))
+def test_noisy_actions_stay_in_range_and_gradients_pass_where_they_are_clamped(module):
+    agent = make_agent(module)
     edge = agent.noisy(torch.tensor([[0.999, -0.999]]).repeat(1000, 1), torch.tensor(1.0))
-    assert edge.max() < 1 and edge.min() > -1
-    assert edge.abs().max().item() == pytest.approx(1 - 1e-6, abs=2e-7)
+    assert 1 - 2e-6 < edge.abs().max() < 1
     mean = torch.tensor([[-0.9999, 0.0, 0.9999], [1.5, -1.5, 0.3]], requires_grad=True)
     action = agent.noisy(mean, torch.tensor(1.0))
     (gradient,) = torch.autograd.grad(action.sum(), mean)
-    assert (action.detach() != mean).any() and torch.equal(gradient, torch.ones_like(mean))  # also where clamped
+    assert (action.detach() != mean).any() and torch.equal(gradient, torch.ones_like(mean))
 
 
 # ---- losses of settings that the released code has not ----
@@ -253,30 +187,18 @@ def test_cql_with_uniform_actions_alone(importance):
 
 
 @CRITICS
-def test_each_step_moves_its_own_weights_alone(module):
+def test_the_target_begins_as_a_copy_and_no_gradient_is_left_over(module):
     agent, batch = make_agent(module), make_batch()
-    parts = {name: getattr(agent, name) for name in ("encoder", "actor", "critic", "critic_target")}
-    assert same(agent.critic_target, copy_of(agent.critic))  # begins as a copy, not as the same memory
-    assert not any(parameter.requires_grad for parameter in agent.critic_target.parameters())
-
-    def moved_by(name, loss):
-        before = {part: copy_of(module) for part, module in parts.items()}
-        agent.minimize(name, loss)
-        return {part for part, module in parts.items() if not same(module, before[part])}
-
+    for target, critic in zip(agent.critic_target.parameters(), agent.critic.parameters(), strict=True):
+        assert torch.equal(target, critic) and target is not critic and not target.requires_grad
+    agent.update(batch, HALF)
     loss, embed, _ = agent.critic_loss(batch, HALF)
-    assert not embed.requires_grad
-    assert moved_by("critic", loss) == {"encoder", "critic"}
     critics = [*agent.encoder.parameters(), *agent.critic.parameters()]
-    assert all(parameter.grad.abs().sum() > 0 for parameter in critics)
-    assert all(parameter.grad is None for parameter in agent.actor.parameters())
-    gradients = [parameter.grad.clone() for parameter in critics]
-    loss, _ = agent.actor_loss(embed, batch, HALF)
-    assert moved_by("actor", loss) == {"actor"}
-    for parameter, before in zip(critics, gradients):
-        assert torch.equal(parameter.grad, before)  # the actor's loss added nothing
-    agent.minimize("critic", agent.critic_loss(batch, HALF)[0])
-    assert not any(torch.equal(p.grad, before) for p, before in zip(critics, gradients))  # and none is left over
+    expected = torch.autograd.grad(loss, critics, retain_graph=True)
+    agent.minimize("critic", loss)
+    agent.minimize("actor", agent.actor_loss(embed, batch, HALF)[0])  # adds nothing to the critics'
+    assert not embed.requires_grad
+    assert all(torch.equal(parameter.grad, gradient) for parameter, gradient in zip(critics, expected))
 
 
 @EACH
@@ -285,7 +207,7 @@ def test_minimize_reaches_every_group_of_an_optimiser(module):
     agent = make_agent(module)
     first, *rest = agent.actor.parameters()
     agent.optimizers["actor"] = torch.optim.Adam([{"params": [first], "lr": 1e-5}, {"params": rest}], 1e-3)
-    before = copy_of(agent.actor)
+    before = [parameter.detach().clone() for parameter in agent.actor.parameters()]
     agent.update(make_batch(), HALF)
     assert not any(torch.equal(now, then) for now, then in zip(agent.actor.parameters(), before))
 

@@ -10,7 +10,6 @@ import pytest
 from minari.data_collector.episode_buffer import EpisodeBuffer
 from store import DatasetWriter
 
-import manipulation
 from common import Dataset, UserError, make_env
 
 STEPS = (4, 6)
@@ -92,17 +91,6 @@ def test_an_interrupted_conversion_continues(recorded, tmp_path, monkeypatch):
     assert digests[0] == digests[1]
 
 
-def test_rewards_are_those_of_the_environment():
-    """objects_in_place of the state that a step leads to is the reward of make_env's step, but for its noise."""
-    env = make_env("kitchen-partial", None)
-    env.reset(0)
-    env.simulator.data.qpos[22] = -0.75
-    rng = np.random.default_rng(0)
-    for _ in range(5):
-        _, reward, _, _, info = env.step(rng.uniform(-1, 1, 9))
-        assert manipulation.objects_in_place("kitchen-partial", info["state"][None].astype(float)).item() == reward == 1
-
-
 def test_statistics_alone_and_mistakes(recorded, tmp_path, capsys):
     convert(tmp_path, dataset="partial", stats_only=True)
     assert "0.0 % solve the task" in capsys.readouterr().out
@@ -110,10 +98,3 @@ def test_statistics_alone_and_mistakes(recorded, tmp_path, capsys):
         with pytest.raises(UserError, match=f"--{name} {value}: from 1"):
             convert(tmp_path, **{name: value})
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.slow
-def test_what_cannot_be_loaded(recorded, tmp_path):
-    """Minari asks the network several times. What it asks with is installed: it is no ImportError."""
-    with pytest.raises(UserError, match="^--minari-id test/none-v0: ((?!ImportError).)*$"):
-        convert(tmp_path, minari_id="test/none-v0")

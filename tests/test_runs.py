@@ -19,7 +19,7 @@ from pathlib import Path
 import filelock
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, FourSteps, FourStepsPool, run_main, run_python, write_set
+from conftest import ENVIRONMENT, ROOT, FourStepsPool, run_main, run_python, write_set
 
 import common
 
@@ -190,8 +190,8 @@ def test_kill_9(algo, sets, tmp_path, train):
 
 
 @EACH
-def test_a_run_leaves_its_files(algo, whole):
-    run = whole(algo)
+def test_a_run_leaves_its_files(algo, whole, sets):
+    run, config = whole(algo), read_config(whole(algo))
     names = {"config.json", f"{algo}.py", "common.py", "finished.json", "weights.pt", "evaluation.mp4", ".lock"}
     names |= {f"{part}.csv" for part in [*PARTS[algo], "eval"]}
     names |= {"episodes.csv", "online", "offline.pt"} if algo == "moto" else set()
@@ -203,19 +203,12 @@ def test_a_run_leaves_its_files(algo, whole):
         assert (run / Path(name).name).read_bytes() == (ROOT / name).read_bytes()
     for row in metrics_of(run)["eval.csv"]:
         assert float(row["score"]) == pytest.approx((float(row["return_0"]) + float(row["return_1"])) / 2 / 10)
-
-
-@EACH
-def test_config_says_what_ran(algo, whole, sets):
-    config = read_config(whole(algo))
     assert config["algo"] == algo and config["resumed"] == []
     assert config["args"].keys() == config["typed"].keys() == vars(MODULES[algo].Args()).keys()
-    assert config["args"]["eval_episodes"] == 2 and config["args"]["seed"] == 0  # also flags that were not typed
-    assert config["versions"]["torch"] == torch.__version__
+    assert config["dataset"] == common.Dataset(sets[algo]).facts()
     assert config["versions"].keys() - {"metaworld"} == {"python", "torch", "numpy", "mujoco", "dm_control"}
     assert "cores of" in config["hardware"] and "--eval-every 4" in config["command"]
     assert re.fullmatch(r"([0-9a-f]{12}(-dirty)?)?", config["commit"])
-    assert config["dataset"] == common.Dataset(sets[algo]).facts()
 
 
 def test_another_seed_gives_other_weights(train, whole):
@@ -256,16 +249,10 @@ def test_evaluate_of_what_is_no_finished_run(train, whole, tmp_path, capsys):
         assert "config.json is missing or damaged" in line_of(train("bc", "--evaluate", name), capsys)
 
 
-def test_without_ffmpeg_there_is_a_note(train, monkeypatch, capsys, whole):
-    import imageio.v2 as imageio
-
-    def without_ffmpeg(*_, **__):
-        raise ValueError("Could not find a backend")
-
-    monkeypatch.setattr(imageio, "mimwrite", without_ffmpeg)
+def test_without_ffmpeg_there_is_a_note(train, monkeypatch, capsys):
+    monkeypatch.delattr("imageio.v2.mimwrite")
     assert train("bc") is None
-    assert "evaluation.mp4 was not written (Could not find a backend)" in capsys.readouterr().out
-    assert equal_weights(train.folder("bc"), whole("bc"))
+    assert "note: evaluation.mp4 was not written (" in capsys.readouterr().out
 
 
 # ---- killed and continued ----
@@ -273,7 +260,7 @@ def test_without_ffmpeg_there_is_a_note(train, monkeypatch, capsys, whole):
 # A checkpoint is at every fourth update. Each row dies before an update, twice in the same phase.
 DEATHS = [("bc", 3), ("bc", 7), ("drq_bc", 7), ("cql", 7)]  # 3: before there is one
 DEATHS += [(algo, first) for algo in ("offline_dv2", "lompo") for first in (6, 8, 11)]  # model, model to agent, agent
-DEATHS += [("moto", first) for first in (5, 7, 11, 15)]  # model, offline, after the first and second episode
+DEATHS += [("moto", first) for first in (5, 7, 9, 11, 15)]  # model, offline, right after an episode, in its updates
 
 
 @pytest.mark.parametrize("algo, first", DEATHS)
@@ -282,27 +269,6 @@ def test_a_killed_run_continues_bit_by_bit(algo, first, train, whole):
         assert isinstance(train(algo, crash=crash), KeyboardInterrupt)
     assert train(algo) is None
     assert_same_run(train.folder(algo), whole(algo))
-
-
-@pytest.mark.parametrize("first, second, kept", [(18, 3, 8), (30, 2, 12)])
-def test_killed_in_the_middle_of_an_online_episode(first, second, kept, train, whole, monkeypatch):
-    """In call `first`, in the next process `second`, of step(): 8 are an evaluation, 4 an episode."""
-    step, left = FourSteps.step, 0
-
-    def dying(env, action):
-        nonlocal left
-        left -= 1
-        if left == 0:
-            raise KeyboardInterrupt
-        return step(env, action)
-
-    monkeypatch.setattr(FourSteps, "step", dying)
-    for number in (first, second):
-        left = number
-        assert isinstance(train("moto"), KeyboardInterrupt)
-        assert checkpoint_of(train.folder("moto")) == kept
-    assert train("moto") is None
-    assert_same_run(train.folder("moto"), whole("moto"))
 
 
 def writes(patch, at: int, name: str = "", full: bool = False) -> None:
@@ -374,22 +340,6 @@ def test_a_signal_leaves_a_checkpoint_of_that_very_step(algo, number, train, who
     assert equal_weights(run, whole(algo))
 
 
-@pytest.mark.parametrize("left", ["", "7,0.1,", "7,0.1,7\n8,0.1,7\n9,0."])
-def test_rows_after_the_checkpoint_are_cut(left, train, whole):
-    """Whole ones, half of one, a file that was begun after it; and half a checkpoint is no obstacle."""
-    train("bc", crash=7)
-    run = train.folder("bc")
-    assert checkpoint_of(run) == 4 and steps_of(run) == list(range(1, 7))
-    with open(run / "train.csv", "a") as file:
-        file.write(left)
-    (run / "later.csv").write_text("step,wall_s\n7,0.1\n")
-    (run / "checkpoint.pt.tmp").write_bytes(b"half")
-    train("bc", crash=1)
-    assert steps_of(run) == list(range(1, 5))
-    assert train("bc") is None
-    assert_same_run(run, whole("bc"))
-
-
 def test_a_damaged_checkpoint_is_one_line(train, whole, capsys):
     train("bc", crash=6)
     file = train.folder("bc") / "checkpoint.pt"
@@ -439,12 +389,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_term(algo, every, 
 
 
 @EACH
-def test_a_finished_run_says_so(algo, train, whole, tmp_path, capsys):
+def test_a_finished_run_says_so(algo, train, whole, sets, monkeypatch, capsys):
+    """Also to those who write the path of its set in another way."""
     shutil.copytree(whole(algo), train.folder(algo))
     before = {path: path.read_bytes() for path in train.folder(algo).glob("*.*")}
-    ended = train(algo)
-    assert isinstance(ended, SystemExit) and ended.code == 0
-    assert f"{train.folder(algo)} is finished" in capsys.readouterr().out
+    monkeypatch.chdir(sets[algo].parent)
+    for name in (sets[algo], f"{sets[algo]}/", "set", "./set/"):
+        ended = train(algo, "--dataset", name)
+        assert isinstance(ended, SystemExit) and ended.code == 0
+        assert f"{train.folder(algo)} is finished" in capsys.readouterr().out
     assert {path: path.read_bytes() for path in train.folder(algo).glob("*.*")} == before
 
 
@@ -484,13 +437,6 @@ def test_flags_that_change_no_number_may_differ(train, whole, tmp_path):
     run = tmp_path / "moved" / train.folder("bc").relative_to(tmp_path / "runs")
     assert steps_of(run) == [1, 2, 3, 4, 6, 8, 10, 12]
     assert equal_weights(run, whole("bc"))
-
-
-def test_a_set_may_be_named_in_three_ways(train, sets, monkeypatch):
-    assert train("bc") is None
-    monkeypatch.chdir(sets["bc"].parent)
-    for name in (f"{sets['bc']}/", "set", "./set/"):
-        assert isinstance(train("bc", "--dataset", name), SystemExit)
 
 
 def test_steps_may_grow_while_the_run_is_unfinished(train, capsys):
@@ -547,7 +493,6 @@ MISTAKES = [
     ("bc", "--tag ../../x", "--tag ../../x: letters, digits, - and _"),
     ("bc", "--tag .x", "--tag .x: letters"),
     ("bc", "--transitions 50", "--transitions 50: only standard sets"),
-    ("bc", "--dataset expret", "--dataset expret: neither one of random, mixed"),
     ("bc", "--dataset .", ". is no whole set"),
     ("bc", "--buffer-device cuda", "there is no CUDA device here"),
     ("bc", "--dataset expert --source vd4rl --data-dir /nowhere", "vd4rl.py import --help"),
@@ -555,6 +500,7 @@ MISTAKES = [
     ("offline_dv2", "--window 14", "--window 14 needs as many"),
 ]
 MISTAKES += [(*line.split(maxsplit=1), ": from ") for line in RANGES.split(";")]
+MISTAKES += [] if torch.cuda.is_available() else [("bc", "--device cuda", "there is no CUDA device here")]
 
 
 @pytest.mark.parametrize("algo, flags, message", MISTAKES)
@@ -562,11 +508,6 @@ def test_bad_flags_are_one_line(algo, flags, message, train, tmp_path, capsys):
     line = line_of(train(algo, *flags.split()), capsys)
     assert message in line and (message != ": from " or line.startswith(f"error: {flags}"))
     assert not list(tmp_path.rglob("config.json"))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without CUDA")
-def test_cuda_where_there_is_none(train, capsys):
-    assert "there is no CUDA device here" in line_of(train("bc", "--device", "cuda"), capsys)
 
 
 @pytest.mark.parametrize("flags", ["--learning-rate 1", "--device gpu", "--lr much", "--task --quick"])
@@ -626,15 +567,11 @@ def test_tuned_and_quick_values_are_merged_and_typed_flags_win(line, lr, batch_s
     assert (args.typed["lr"], args.typed["steps"], args.typed["device"]) == (lr, steps, "auto")
 
 
-# The official sets and those of the kitchen are used whole.
-CUTS = {"": 20_000, "--source vd4rl": None, "--task kitchen-mixed --dataset mixed": None, "--transitions 1000": 1000}
-
-
 def test_quick_cuts_sets_that_are_made_here():
-    for line, transitions in CUTS.items():
-        module = MODULES["bc"]
-        args = common.typed_args(module.Args, module.TUNED, module.QUICK, ["--quick", *line.split()])
-        assert args.transitions == transitions
+    """The official sets and those of the kitchen are used whole."""
+    bc, kitchen = MODULES["bc"], "--task kitchen-mixed --dataset mixed"
+    for line, transitions in {"": 20_000, "--source vd4rl": None, kitchen: None, "--transitions 1000": 1000}.items():
+        assert common.typed_args(bc.Args, bc.TUNED, bc.QUICK, ["--quick", *line.split()]).transitions == transitions
 
 
 def test_folders_device_and_precision_are_resolved(monkeypatch, tmp_path):

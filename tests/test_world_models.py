@@ -10,7 +10,6 @@ from functools import partial
 from types import SimpleNamespace
 
 import collect
-import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -25,64 +24,16 @@ from common import UserError
 # ---- sizes, settings, first weights ----
 
 PARAMETERS = {  # at 6 action dimensions, by the papers' sizes
-    "offline_dv2": {"model.encoder": 1_551_312, "model.rssm": 2_723_392, "model.decoder": 9_886_611,
-                    "model.reward": 971_601, "model": 15_132_916, "actor": 976_012, "critic": 971_601},
-    "lompo": {"model.encoder": 690_144, "model.rssm": 1_464_576, "model.decoder": 3_887_715, "model.reward": 148_225,
-              "model": 6_190_660, "actor": 281_094, "critic.0": 215_553, "critic.1": 215_553},
+    "offline_dv2": {"model": 15_132_916, "actor": 976_012, "critic": 971_601},
+    "lompo": {"model": 6_190_660, "actor": 281_094, "critic.0": 215_553, "critic.1": 215_553},
     "moto": {"model": 15_132_916, "actor": 976_012, "critic.nets.0": 974_001, "critic.nets.1": 974_001},
-}  # fmt: skip
-DREAMER = {"batch_size": 64, "window": 50, "horizon": 5, "ensemble": 7, "gamma": 0.99, "td_lambda": 0.95}
-DREAMER |= {"kl_balance": 0.8, "free_nats": 1.0, "actor_ent": 1e-4, "target_every": 100, "penalty_coef": 10.0}
-DEFAULTS = {
-    "offline_dv2": DREAMER | {"model_lr": 3e-4, "actor_lr": 8e-5, "critic_lr": 8e-5},
-    "lompo": {"model_lr": 6e-4, "actor_lr": 3e-4, "critic_lr": 3e-4, "batch_size": 64, "window": 50, "ensemble": 7,
-              "horizon": 5, "rollout_noise": 0.2, "rollout_every": 200, "agent_batch_size": 512, "tau": 0.005,
-              "gamma": 0.99, "penalty": "log_prob_std", "penalty_coef": 5.0, "starts": "window"},
-    "moto": DREAMER | {"model_lr": 1e-4, "actor_lr": 8e-5, "critic_lr": 8e-5, "batch_size": 16, "bc_coef": 10.0,
-                       "value": "expansion", "updates_per_episode": 20},
 }  # fmt: skip
 
 
 @EACH
-def test_sizes_and_defaults_are_the_papers(algo):
-    args = FILES[algo].Args(device="cpu", precision="fp32")
-    assert {name: getattr(args, name) for name in DEFAULTS[algo]} == DEFAULTS[algo]
-    agent = FILES[algo].Agent(args, 6)
+def test_sizes_are_the_papers(algo):
+    agent = FILES[algo].Agent(FILES[algo].Args(device="cpu", precision="fp32"), 6)
     assert {name: worlds.count(agent.get_submodule(name)) for name in PARAMETERS[algo]} == PARAMETERS[algo]
-
-
-DRAWER = {"offline_steps": 1_000, "online_episodes": 1_000, "steps": 21_000, "bc_filter": "success",
-          "bc_success_reward": 1.0, "eval_episodes": 20}  # fmt: skip
-KITCHEN = {"offline_steps": 10_000, "online_episodes": 1_326, "steps": 76_300, "bc_filter": "success",
-           "bc_success_reward": 4.0, "eval_episodes": 20}  # fmt: skip
-WALKER = {"offline_steps": None, "online_episodes": 0, "bc_filter": "return", "bc_quantile": 0.5, "eval_episodes": 10}
-QUICK_DEMOS = {"offline_steps": 1_000, "model_first": 600, "online_episodes": 40, "updates_per_episode": 20,
-               "actor_lr": 8e-5, "critic_lr": 8e-5, "target_every": 100, "penalty_coef": 10.0}  # fmt: skip
-SETTINGS = [
-    ("offline_dv2", "cheetah-run", "random", {"penalty_coef": 3.0}),
-    ("offline_dv2", "cheetah-run", "expert", {"penalty_coef": 10.0}),
-    ("offline_dv2", "walker-walk", "mixed", {"penalty_coef": 8.0}),
-    ("lompo", "walker-walk", "random", {"penalty_coef": 1.0}),
-    ("lompo", "walker-walk", "medexp", {"penalty_coef": 5.0}),
-    ("moto", "metaworld-drawer-open", "demos", DRAWER),
-    ("moto", "kitchen-mixed", "mixed", KITCHEN),
-    ("moto", "kitchen-partial", "partial", KITCHEN | {"bc_success_reward": 3.0}),
-    ("moto", "walker-walk", "mixed", WALKER),
-    ("moto --quick", "metaworld-drawer-open", "demos", QUICK_DEMOS | {"transitions": 5_000}),
-    ("moto --quick", "kitchen-mixed", "mixed", QUICK_DEMOS | {"transitions": None}),
-    ("moto --quick", "walker-walk", "mixed", {"transitions": 30_000, "offline_steps": 2_000, "online_episodes": 0,
-                                              "model_first": 600, "actor_lr": 3e-4, "penalty_coef": 1.0}),
-    ("lompo --quick", "walker-walk", "mixed", {"transitions": 30_000, "steps": 5_800, "penalty_coef": 1.0}),
-    ("offline_dv2 --quick", "walker-walk", "mixed", {"transitions": 30_000, "steps": 2_800, "penalty_coef": 1.0}),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("command, task, dataset, expected", SETTINGS)
-def test_settings_of_tasks_and_sets(command, task, dataset, expected):
-    algo, *words = command.split()
-    file = FILES[algo]
-    args = common.typed_args(file.Args, file.TUNED, file.QUICK, [*words, "--task", task, "--dataset", dataset])
-    assert {name: getattr(args, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("algo, expected", [("offline_dv2", (480, 1440)), ("lompo", (15, 90)), ("moto", (60, 0))])
@@ -130,23 +81,6 @@ def test_weights_begin_as_keras_begins_them(algo):
 # ---- draws ----
 
 
-def test_samples_are_one_hot_and_as_frequent_as_their_probabilities():
-    rssm = make_agent("offline_dv2").model.rssm
-    logits = torch.tensor([0.0, 1.0, 2.0, -200.0, 0.0, 0.0, 1.0, -1.0, 0.0, 0.0, 0.0, 3.0])
-    probs, many = logits.view(4, 3).softmax(-1), logits.expand(20_000, -1).clone().requires_grad_()
-    sample = rssm.sample(many)
-    drawn = sample.detach().unflatten(-1, (4, 3))
-    assert ((drawn == 0) | (drawn == 1)).all() and (drawn.sum(-1) == 1).all()  # to the last bit
-    assert (drawn.mean(0) - probs).abs().max() < 0.015
-    assert drawn[:, 1, 0].sum() == 0  # a class without probability
-    both = torch.einsum("mi,mj->ij", drawn[:, 0], drawn[:, 2]) / len(drawn)
-    assert (both - probs[0, :, None] * probs[2]).abs().max() < 0.015  # variables are independent
-    weight = torch.randn(12)
-    (gradient,) = torch.autograd.grad((sample * weight).sum(), many)
-    expected = torch.func.vmap(torch.func.grad(lambda x: (x.view(4, 3).softmax(-1).flatten() * weight).sum()))
-    torch.testing.assert_close(gradient, expected(many.detach()))  # straight-through: that of the probabilities
-
-
 @pytest.mark.parametrize("loc, scale", [(0.0, 1.1), (0.5, 1.1), (-0.95, 0.1), (0.3, 2.1)])
 def test_draws_of_the_truncated_normal(loc, scale):
     torch.manual_seed(0)
@@ -164,12 +98,6 @@ def test_where_members_agree_the_penaltys_gradient_is_no_nan():
     value = FILES["offline_dv2"].Disagreement.apply(logits)
     value.sum().backward()
     assert value.abs().max() < 1e-6 and logits.grad.abs().max() < 1e-3
-
-
-def test_states_of_normals_have_noise_of_their_own():
-    drawn = make_agent("lompo").model.rssm.sample(FILES["lompo"].Normal(torch.ones(20_000, 4), torch.full((1, 4), 2.0)))
-    assert (drawn.mean(0) - 1).abs().max() < 0.06 and (drawn.std(0) - 2).abs().max() < 0.06
-    assert torch.corrcoef(drawn.T).fill_diagonal_(0).abs().max() < 0.03
 
 
 @EACH
@@ -218,33 +146,23 @@ def test_the_optimisers_step(algo, lr):
         assert worlds.moved(agent, before) <= {"actor"}
 
 
-def gradients(algo, phase, agent, monkeypatch) -> dict[str, torch.Tensor]:
-    """Of one update, by the part of the agent or of its model that they belong to."""
-    found = {}
-
-    def record(name, loss):
-        params = {part: param for part, param in agent.named_parameters() if part.startswith(f"{name}.")}
-        for part, gradient in zip(params, torch.autograd.grad(loss, params.values(), allow_unused=True)):
-            key = ".".join(part.split(".")[: 2 if name == "model" else 1])
-            found.setdefault(key, []).append(torch.zeros(1) if gradient is None else gradient.flatten())
-        return loss.detach()
-
-    monkeypatch.setattr(agent, "minimize", record)
-    metrics = worlds.update(algo, phase, agent)
-    assert all(value.dtype == torch.float32 for value in metrics.values())
-    return {key: torch.cat(parts) for key, parts in found.items()}
-
-
 @pytest.mark.parametrize("algo, phase", PHASES)
 def test_gradients_in_bf16_are_near_those_in_fp32(algo, phase, monkeypatch):
-    """Weights that were first cast where nothing is learned (the actor in a target) keep their gradient."""
-    found = []
+    """Of each part of the agent. Weights that were first cast where nothing is learned (the actor in a target) keep
+    their gradient."""
+    found, still = {}, {"model_lr": 1e-9, "actor_lr": 1e-9, "critic_lr": 1e-9}  # one step changes no gradient after it
     for precision in ("fp32", "bf16"):
-        agent = make_agent(algo, precision=precision, deter=32, hidden=32, units=32)
+        agent = make_agent(algo, precision=precision, deter=32, hidden=32, units=32, **still)
         worlds.without_draws(monkeypatch, algo, agent)
-        found.append(gradients(algo, phase, agent, monkeypatch))
-    for part, exact in found[0].items():
-        assert exact.norm() > 0 and 0 < (exact - found[1][part]).norm() < 0.1 * exact.norm(), part
+        metrics, found[precision] = worlds.update(algo, phase, agent), {}
+        assert all(value.dtype == torch.float32 for value in metrics.values())
+        for name, weight in agent.named_parameters():
+            if weight.grad is not None:
+                part = ".".join(name.split(".")[: 2 if name.startswith("model") else 1])
+                found[precision].setdefault(part, []).append(weight.grad.flatten())
+    for part, gradients in found["fp32"].items():
+        exact, other = torch.cat(gradients), torch.cat(found["bf16"][part])
+        assert exact.norm() > 0 and 0 < (exact - other).norm() < 0.1 * exact.norm(), part
 
 
 @pytest.mark.slow
@@ -279,35 +197,16 @@ def test_the_sets_embeddings_are_those_of_the_batch(algo, tmp_path):
 
 @EACH
 @torch.no_grad()
-def test_acting_is_filtering(algo, monkeypatch):
-    """act() over an episode gives the states that observe() gives for it, and the actor's own action in them."""
+def test_what_was_before_a_first_row_and_its_action_do_not_count(algo, monkeypatch):
+    """States from a first row on are those of a window that begins there."""
     agent, batch = make_agent(algo), make_batch()
     worlds.without_draws(monkeypatch, algo, agent)
-    states, state = worlds.observed(agent, batch), None
-    for t in range(5):
-        action, state = agent.act(batch.image[:, t], batch.action[:, t], state)
-        torch.testing.assert_close(state.feat, states.feat[:, t])
-        chosen = agent.actor(states.feat[:, t])
-        torch.testing.assert_close(action, chosen if algo == "lompo" else chosen.loc)
-
-
-@EACH
-@torch.no_grad()
-def test_what_was_before_a_first_row_and_its_action_do_not_count(algo):
-    agent, batch = make_agent(algo), make_batch()
-    batch.is_first[1, 3] = True
-    embed, other = agent.model.embed(batch.image), batch.action.clone()
-    other[:, 0], other[1, 3] = 1.0, -1.0
-    before, found = worlds.observed(agent, batch), []
-    before = type(before)(*(part[:, 4] for part in before))
-    for action, is_first in ((batch.action, batch.is_first), (other, batch.is_first), (other, 0 * batch.is_first)):
-        torch.manual_seed(1)
-        found.append(agent.model.rssm.observe(embed, action, is_first, before)[0].deter)
-    torch.manual_seed(1)
-    start = agent.model.rssm.observe(embed, batch.action, batch.is_first)[0].deter
-    assert torch.equal(found[0], start) and torch.equal(found[1], start)
-    assert (found[2] != start).any(-1).all()
-    assert torch.equal(found[0][1, 3], found[0][0, 0])  # both from nothing
+    batch.is_first[:, 3] = True
+    expected = worlds.observed(agent, common.Sequences(*(part[:, 3:] for part in batch))).feat
+    batch.is_first[1, 3], batch.action[:, 3] = False, 1.0
+    found = worlds.observed(agent, batch).feat[:, 3:]
+    torch.testing.assert_close(found[0], expected[0])
+    assert (found[1] != expected[1]).any(-1).all()  # no first row there
 
 
 @EACH
@@ -395,18 +294,17 @@ def test_films_and_errors_of_a_run(algo, tool, tmp_path, capsys):
         with imageio.get_reader(out / f"{name}.mp4") as video:
             assert video.count_frames() == 5 and video.get_data(0).shape == (2 * 3 * 64, 2 * 2 * 64, 3)
     assert imageio.imread(out / "open_loop.png").shape == (3 * 64, 8 * 64, 3)
-    changed = shutil.copytree(run, tmp_path / "changed")
-    config = json.loads((run / "config.json").read_text())
-    (changed / "config.json").write_text(json.dumps(config | {"script": "0" * 12}))
     for flags, message in (
         ({"run": f"{tmp_path}/nothing"}, "nothing/config.json is missing"),
-        ({"run": f"{changed}"}, f"algos/{algo}.py has changed"),
         ({"dataset": f"{write_set(tmp_path / 'small', size=21)}"}, "21 px"),
         ({"context": 5}, "--context 5: must be less than the run's --window 5"),
-        ({"context": 0}, "--context 0: from 1 to"),
     ):
         with pytest.raises(UserError, match=message):
             tool.main(tool.Args(**({"run": str(run), "episodes": 0} | flags)))
+    config = json.loads((run / "config.json").read_text()) | {"script": "0" * 12}
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"algos/{algo}.py has changed"):
+        tool.main(tool.Args(str(run)))
 
 
 @EACH
@@ -431,21 +329,12 @@ def test_the_open_loop_sees_the_first_images_and_all_actions(algo, tool):
     assert differs.tolist() == 5 * [False] + 2 * [True]  # action[5] leads to row 5
 
 
-def test_errors_and_imagined_rewards_by_hand(tool):
-    """feat is a row's number: it decodes to a grey image of row / 10 and predicts the reward row + 1."""
-    model = SimpleNamespace(
-        decoder=lambda feat: (feat / 10)[..., None, None].expand(-1, 3, 2, 2),
-        reward=lambda feat: feat + 1,
-        rssm=SimpleNamespace(imagine=lambda state, action: SimpleNamespace(feat=state.feat + action)),
-    )
-    agent = SimpleNamespace(model=model, actor=lambda feat: torch.full_like(feat, 2.0))
-    image = torch.full((1, 4, 3, 2, 2), 127, dtype=torch.uint8)
-    batch = SimpleNamespace(image=image, reward=torch.tensor([[9.0, 2.0, 5.0, 4.0]]))
-    found = tool.errors(agent, torch.arange(4.0).view(1, 4, 1), batch, first=1)
-    shown, predicted, real = np.array([0.1, 0.2, 0.3]), np.array([2, 3, 4]), np.array([2, 5, 4])
-    residual = ((predicted - real) ** 2).mean()
-    by_hand = {"image_rmse_255": 255 * np.sqrt(((shown - (127 / 255 - 0.5)) ** 2).mean())}
-    by_hand |= {"reward_rmse": np.sqrt(residual), "reward_r2": 1 - residual / real.var()}
-    assert found == pytest.approx(by_hand, rel=1e-5)
-    state = SimpleNamespace(feat=torch.tensor([[1.0], [5.0]]))
-    assert tool.imagined_reward(agent, state, 3).tolist() == [18, 30]  # from 1: 3, 5, 7, rewards 4, 6, 8
+def test_errors_by_hand(tool):
+    """feat is a row's number: it decodes to a grey image of row / 10 and predicts the reward row + 1. Of rows 1 to 3
+    the images are off by 0.102, 0.202 and 0.302, and rewards of 2, 5 and 4 are predicted as 2, 3 and 4."""
+    grey = SimpleNamespace(decoder=lambda feat: (feat / 10)[..., None, None].expand(-1, 3, 2, 2))
+    grey.reward = lambda feat: feat + 1
+    batch = SimpleNamespace(image=torch.full((1, 4, 3, 2, 2), 127).byte(), reward=torch.tensor([[9.0, 2, 5, 4]]))
+    found = tool.errors(SimpleNamespace(model=grey), torch.arange(4.0).view(1, 4, 1), batch, first=1)
+    expected = {"image_rmse_255": 55.549, "reward_rmse": (4 / 3) ** 0.5, "reward_r2": 1 / 7}
+    assert found == pytest.approx(expected, rel=1e-4)
