@@ -1,10 +1,8 @@
 """The collector: the same bytes however it is run, the published recipe, honest errors."""
 
+import itertools
 import json
 import re
-import subprocess
-import sys
-import time
 import types
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import torch
 import train_sac
 import tyro
 from collect import POLICIES, Args, SACPolicy
-from conftest import ENVIRONMENT, ROOT, run_python
+from conftest import run_python
 from published import TABLE_5
 from store import return_statistics, standard_transitions, take_lock
 from test_data import digests, load
@@ -28,8 +26,9 @@ SHORT = 20  # steps of an episode in most tests here
 @pytest.fixture
 def short(monkeypatch):
     """Episodes of 20 steps, a recorded physics state every 5."""
-    monkeypatch.setattr(collect, "EPISODE", SHORT)
-    monkeypatch.setattr(collect, "STATE_EVERY", 5)
+    for module in (collect, train_sac):
+        monkeypatch.setattr(module, "EPISODE", SHORT)
+        monkeypatch.setattr(module, "STATE_EVERY", 5)
 
 
 def make(data_dir, dataset="random", episodes=2, size=16, **flags) -> Path:
@@ -268,46 +267,47 @@ def test_an_error_ends_the_command_with_one_line(tmp_path):
 # ---- train_sac.py ----
 
 
-def sac_command(folder: Path, steps: int, *flags) -> list:
-    script = ROOT / "data" / "train_sac.py"
-    return [script, "--task", "walker-walk", "--envs", 2, "--steps", steps, "--runs-dir", folder, *flags]
+def sac(folder: Path, steps: int, task="walker-walk", **flags) -> Path:
+    """Trains in this process. Returns the run's folder."""
+    train_sac.main(train_sac.Args(**{"task": task, "envs": 2, "steps": steps, "runs_dir": folder} | flags))
+    return folder / task
 
 
-def sac(folder: Path, steps: int, *flags, error: str = "") -> str:
-    """Trains. Returns what it prints, or looks for what the error says."""
-    done = run_python(*sac_command(folder, steps, *flags))
-    assert done.returncode == bool(error) and error in done.stderr, done.stderr
-    return done.stdout
-
-
-@pytest.mark.slow
-def test_sac_killed_between_two_checkpoints_ends_as_if_never_killed(tmp_path):
+def test_sac_killed_between_two_checkpoints_ends_as_if_never_killed(short, tmp_path, monkeypatch, capsys):
     """Everything is compared: networks, replay and what becomes the mixed set."""
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    words = [sys.executable, *map(str, sac_command(killed, 2000))]
-    process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    while not process.stdout.readline().startswith("    500 updates"):
-        assert process.poll() is None
-    time.sleep(1)  # on the way to update 1,000
-    process.kill()
-    process.communicate()
-    held = take_lock(killed / "walker-walk" / ".lock", wait=False)
-    sac(killed, 2000, error="walker-walk is in use by another process")
+    update, calls = train_sac.SAC.update, itertools.count()
+
+    def update_or_die(agent, *batch):
+        if next(calls) == 30:  # in the third of four rounds, of which the first only collects
+            raise KeyboardInterrupt
+        update(agent, *batch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_sac.SAC, "update", update_or_die)
+        sac(tmp_path / "killed", 80)
+    held = take_lock(tmp_path / "killed" / "walker-walk" / ".lock", wait=False)
+    with pytest.raises(UserError, match="walker-walk is in use by another process"):
+        sac(tmp_path / "killed", 80)
     held.release()
-    assert "resumed at 500 updates" in sac(killed, 2000) and "resumed" not in sac(whole, 2000)
-    one, two = (torch.load(f / "walker-walk" / "checkpoint.pt", weights_only=True) for f in (killed, whole))
-    assert one["step"] == two["step"] == 1500  # the first of four rounds only collects
+    killed = sac(tmp_path / "killed", 80)
+    assert "resumed at 20 updates" in capsys.readouterr().out
+    whole = sac(tmp_path / "whole", 80)
+    assert "resumed" not in capsys.readouterr().out
+    one, two = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (killed, whole))
+    assert one["step"] == two["step"] == 60
     assert all(torch.equal(one["agent"][name], two["agent"][name]) for name in two["agent"])
     for name in ("replay/action", "replay/reward", "record/physics", "record/seed", "record/ret"):
-        arrays = [np.load(folder / "walker-walk" / f"{name}.npy") for folder in (killed, whole)]
+        arrays = [np.load(folder / f"{name}.npy") for folder in (killed, whole)]
         np.testing.assert_array_equal(*arrays)
     assert (arrays[0] > 0).all() and len(arrays[0]) == 8
-    sac(killed, 2000, "--seed", 1, error="holds a run of --seed 0")
-    more = sac(whole, 2500, "--envs", 3)  # another number of environments may go on
-    assert "resumed at 1500 updates, 8 episodes" in more and "2000 updates      5500 transitions" in more
-    record, replay = (np.load(whole / "walker-walk" / f"{name}.npy") for name in ("record/updates", "replay/reward"))
-    assert record.tolist() == [0, 0, 500, 500, 1000, 1000, 1500, 1500, 2000, 2000, 2000]
-    assert len(replay) == 5500 and (replay[4000:] > 0).mean() > 0.5
+    with pytest.raises(UserError, match="holds a run of --seed 0"):
+        sac(tmp_path / "killed", 80, seed=1)
+    sac(tmp_path / "whole", 100, envs=3)  # another number of environments may go on
+    printed = capsys.readouterr().out
+    assert "resumed at 60 updates, 8 episodes" in printed and "80 updates       220 transitions" in printed
+    assert np.load(whole / "record/updates.npy").tolist() == [0, 0, 20, 20, 40, 40, 60, 60, 80, 80, 80]
+    replay = np.load(whole / "replay/reward.npy")
+    assert len(replay) == 220 and (replay[160:] > 0).mean() > 0.5
 
 
 def test_a_humanoid_is_put_on_its_feet():
@@ -329,28 +329,26 @@ def test_a_humanoid_is_put_on_its_feet():
 ])  # fmt: skip
 def test_mistakes_with_sac_are_one_line(tmp_path, flags, message):
     with pytest.raises(UserError, match=message) as error:
-        train_sac.main(train_sac.Args(**{"envs": 2, "steps": 500, "runs_dir": tmp_path} | flags))
+        sac(tmp_path, 500, **flags)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
-def test_newest_transitions_are_what_is_learned_from(tmp_path):
-    """More of them than there are is all of them; fewer than a batch is an error."""
+def test_newest_transitions_are_what_is_learned_from(short, tmp_path):
+    """More of them than there are is all of them; 640 are collected."""
     weights = []
-    for flags in ((), ("--newest", 10**9), ("--newest", 256)):
-        sac(folder := tmp_path / "-".join(map(str, flags)), 1000, *flags)
-        checkpoint = torch.load(folder / "walker-walk/checkpoint.pt", weights_only=True)
-        weights.append(checkpoint["agent"]["actor.0.weight"])
+    for newest in (None, 10**9, 256):
+        folder = sac(tmp_path / str(newest), 40, envs=16, newest=newest)
+        weights.append(torch.load(folder / "checkpoint.pt", weights_only=True)["agent"]["actor.0.weight"])
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 @pytest.mark.slow
-def test_humanoids_that_are_helped(tmp_path):
+def test_humanoids_that_are_helped(tmp_path, capsys):
     """The first environment's heads stay up, for it starts again when it falls; the second lies in the round of uniform
     actions and is got up in the next; the third goes on lying. Returns of the first two do not count as the task's."""
-    flags = ("--task", "humanoid-walk")
-    printed = sac(tmp_path, 1000, *flags, "--envs", 3, "--upright", 1, "--guided", 1)
-    folder = tmp_path / "humanoid-walk"
+    folder = sac(tmp_path, 1000, "humanoid-walk", envs=3, upright=1, guided=1)
+    printed = capsys.readouterr().out
     state, after = (np.load(folder / f"replay/{name}.npy").reshape(1000, 3, -1) for name in ("state", "next_state"))
     heads, fallen = state[..., 21], after[..., 21] < 1  # their column, behind the joint angles
     assert heads[:, 0].min() >= 1 and (heads[50:500, 1:] < 1).all() and (heads[550:, 2] < 1).all()
@@ -361,7 +359,8 @@ def test_humanoids_that_are_helped(tmp_path):
     returns = np.load(folder / "record/ret.npy").reshape(2, 3)
     assert np.isnan(returns[:, :2]).all() and ((returns[:, 2] >= 0) & (returns[:, 2] < 10)).all()
     assert all(f"sampled return {value:6.1f}" in printed for value in returns[:, 2])
-    sac(tmp_path, 500, *flags, "--export", "mixed", error="are of --upright or --guided")
+    with pytest.raises(UserError, match="are of --upright or --guided"):
+        sac(tmp_path, 500, "humanoid-walk", export=("mixed",))
 
 
 @pytest.mark.parametrize("means, chosen, note", [
@@ -391,8 +390,7 @@ def test_export_takes_the_actor_nearest_to_the_published_set(tmp_path, monkeypat
         return means[step][0 if sampled else 1] + np.array([-48.4, 48.4])  # the published deviation
 
     monkeypatch.setattr(train_sac, "returns_of", returns_of)
-    flags = {"export": ("medium",), "candidates": len(means), "runs_dir": tmp_path / "runs"}
-    train_sac.main(train_sac.Args(task="walker-walk", **flags))
+    sac(tmp_path / "runs", 500, export=("medium",), candidates=len(means))
     assert asked[::2] == list(means)
     assert int(np.load(tmp_path / "policies" / "walker-walk" / "medium.npz")["updates"]) == chosen
     assert f"chose {chosen} updates (published mean 439.6{note})" in capsys.readouterr().out
