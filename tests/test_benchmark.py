@@ -1,6 +1,5 @@
 """benchmark.sh: the list, runs side by side, failures, Ctrl-C. Most of it runs in this process."""
 
-import csv
 import json
 import os
 import re
@@ -108,46 +107,38 @@ def test_the_whole_table(benchmark, monkeypatch, tmp_path):
     assert line in runs and not (tmp_path / "runs").exists()
 
 
-def test_filters(benchmark):
-    official = "  # impossible: the official files are not there; import them with data/vd4rl.py"
-    for words, ends in (
-        ("--seeds 3,11,3 --quick", ["--seed 3 --quick", "--seed 11 --quick"]),
-        ("--seeds 1 --tag a -- --lr 3e-4", ["--seed 0 --tag a --lr 3e-4"]),
-        ("--seeds 1 --source vd4rl", ["--seed 0 --source vd4rl" + official]),
-    ):
-        filters = ["--algos", "bc", "--tasks", "walker-walk", "--datasets", "random", *words.split()]
-        lines = [line.removeprefix("# ") for line in benchmark("--dry-run", *filters)[1] if "algos/" in line]
-        assert lines == ["python algos/bc.py --task walker-walk --dataset random " + end for end in ends]
+@pytest.mark.parametrize("words, ends", [
+    ("--seeds 3,11,3 --quick", ["--seed 3 --quick", "--seed 11 --quick"]),
+    ("--seeds 1 --tag a -- --lr 3e-4", ["--seed 0 --tag a --lr 3e-4"]),
+    ("--seeds 1 --source vd4rl",
+     ["--seed 0 --source vd4rl  # impossible: the official files are not there; import them with data/vd4rl.py"]),
+])  # fmt: skip
+def test_filters(benchmark, words, ends):
+    filters = ["--algos", "bc", "--tasks", "walker-walk", "--datasets", "random", *words.split()]
+    lines = [line.removeprefix("# ") for line in benchmark("--dry-run", *filters)[1] if "algos/" in line]
+    assert lines == ["python algos/bc.py --task walker-walk --dataset random " + end for end in ends]
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        ("--algos nope", "no algos/nope.py; there are bad, bc"),
-        ("--seeds 0", "--seeds 0 --jobs None: at least 1"),
-        ("--seeds 3-5", "--seeds 3-5"),
-        ("--jobs 0", "--jobs 0"),
-        ("-- --overwrite", "--overwrite behind --"),
-        ("-- --seed=3", "--seed=3 behind --"),
-        ("--gpus 9", "--gpus 9: a number of GPUs, or ids: 0,2. There are: none"),
-        ("--gpus x", "--gpus x: a number of GPUs"),
-        ("--gpus 1 --slurm", "--gpus: under --slurm each run has its own"),
-        ("--datasets exprt", "--datasets exprt: neither one of random, mixed, medium, medexp, expert, demos, partial"),
-        ("--tasks walker_walk", "--tasks walker_walk: no such task; walker-walk?"),
-        ("--tasks juggling", "no such task; there are acrobot-swingup, "),
-    ],
-)
-def test_mistakes(benchmark, words, message):
-    with pytest.raises(UserError, match=re.escape(message)):
+MISTAKES = {
+    "--algos nope": "no algos/nope.py; there are bad, bc",
+    "--seeds 0": "--seeds 0 --jobs None: at least 1",
+    "--seeds 3-5": "--seeds 3-5",
+    "--jobs 0": "--jobs 0",
+    "-- --overwrite": "--overwrite behind --",
+    "-- --seed=3": "--seed=3 behind --",
+    "--gpus 9": "--gpus 9: a number of GPUs, or ids: 0,2. There are: none",
+    "--gpus x": "--gpus x: a number of GPUs",
+    "--gpus 1 --slurm": "--gpus: under --slurm each run has its own",
+    "--datasets exprt": "--datasets exprt: neither one of random, mixed, medium, medexp, expert, demos, partial",
+    "--tasks walker_walk": "--tasks walker_walk: no such task; walker-walk?",
+    "--tasks juggling": "no such task; there are acrobot-swingup, ",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_mistakes(benchmark, words):
+    with pytest.raises(UserError, match=re.escape(MISTAKES[words])):
         benchmark("--dry-run", *words.split())
-
-
-def test_the_command_itself(repo, tmp_path):
-    """A mistake is one line, and status 1."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # `python` is this one
-    words = [repo / "benchmark.sh", "--datasets", "exprt"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT | {"PATH": path})
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: --datasets exprt")
 
 
 def test_files_that_are_no_algorithm(repo, benchmark):
@@ -179,22 +170,19 @@ def test_where_a_run_stands(benchmark, own, tmp_path):
     config = {"algo": "bc", "script": "", "args": {}, "dataset": {"hash": common.Dataset(own).hash}, "resumed": []}
     config["typed"] = common.typed_args(bc.Args, bc.TUNED, bc.QUICK, by_hand).typed
 
-    def state(*words) -> str:
+    def state(*words, config=config) -> str:
+        (run / "config.json").write_text(json.dumps(config))
         flags = ["--algos", "bc", "--seeds", 1, "--datasets", own, "--runs-dir", tmp_path / "runs"]
         return benchmark("--dry-run", *flags, "--", *words)[1][-1].partition(": ")[2].partition(";")[0]
 
-    assert state("--lr", 0.5) == "1 to do"
-    (run / "config.json").write_text(json.dumps(config))
     assert state("--lr", 0.5) == "1 to continue"
     with filelock.FileLock(run / ".lock"):
         assert state("--lr", 0.5) == "1 running elsewhere"
     (run / "finished.json").write_text("{}")
     assert state("--lr", 0.5) == "1 finished"
     assert state() == state("--lr", 0.25) == state("--lr", 0.5, "--steps", 9) == "1 to continue"
-    (run / "config.json").write_text(json.dumps(config | {"dataset": {"hash": "of another set"}}))
-    assert state("--lr", 0.5) == "1 to continue"
-    (run / "config.json").write_text("{")
-    assert state("--lr", 0.5) == "1 to do"
+    assert state("--lr", 0.5, config=config | {"dataset": {"hash": "of another set"}}) == "1 to continue"
+    assert state("--lr", 0.5, config="damaged") == "1 to do"
 
 
 # ---- on this machine ----
@@ -289,41 +277,16 @@ def test_signals(repo):
 
 
 def test_two_equal_ones_at_once(repo, own, tmp_path):
-    """Each run is made once, none is called failed, the reports do not collide."""
+    """Each run is made once, none is called failed, the reports do not collide. A mistake is one line, and status 1."""
+    environment = ENVIRONMENT | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # `python` is this one
     words = ["--algos", "bc", "--datasets", own, "--seeds", 2, "--runs-dir", tmp_path / "runs", "--", *SHORT]
-    command = [sys.executable, "benchmarks/run_all.py", *map(str, words), "--steps", "300"]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    command, flags = [repo / "benchmark.sh", *map(str, words)], {"cwd": tmp_path, "env": environment, "text": True}
+    both = [subprocess.Popen([*command, "--steps", "300"], stdout=subprocess.PIPE, **flags) for _ in range(2)]
     outputs = [process.communicate(timeout=120)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert not any("failed" in output for output in outputs)
     logs = [log.read_text() for log in tmp_path.glob("runs/bc/own/own/*.log")]
     assert len(logs) == 2 and all(log.count("\nfinished: ") == 1 for log in logs)
     assert [line.split()[0] for line in (repo / "report.txt").read_text().splitlines()] == ["begin", "end"] * 2
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the repository")
-def test_from_a_clean_clone_to_a_finished_report(tmp_path):
-    """The README's command, over all files: sets are made, runs end, the report has their rows. --quick is cut down."""
-    clone = tmp_path / "clone"
-    subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
-    files = sorted((clone / "algos").glob("*.py"))
-    for file in files:
-        text, end = file.read_text(), 'if __name__ == "__main__":'
-        phases = ("steps", "model_steps", "agent_steps", "offline_steps", "model_first")
-        tiny = {name: 2 for name in phases if f"\n    {name}: " in text}
-        tiny |= {"transitions": 1_000, "batch_size": 2, "eval_every": 2, "eval_episodes": 1}
-        file.write_text(text.replace(end, f'QUICK = {{("*", "*"): {tiny}}}\n{end}'))
-    author = ["-c", "user.name=test", "-c", "user.email=test@example.org"]
-    subprocess.run(["git", "-C", clone, *author, "commit", "-qam", "A shorter --quick"], check=True)
-    words = ["--quick", "--seeds", "2", "--jobs", "2", "--tasks", "walker-walk", "--datasets", "medexp"]
-    environment = {name: value for name, value in ENVIRONMENT.items() if name not in ("PYTHONPATH", "CLEANPIXELS_DATA")}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # `python` is this one
-    result = subprocess.run(["./benchmark.sh", *words], cwd=clone, env=environment, text=True, capture_output=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.splitlines()[-1] == f"{2 * len(files)} runs: {2 * len(files)} finished"
-    with (clone / "report" / "table.csv").open() as file:
-        table = [row for row in csv.DictReader(file) if row["dataset"].endswith("-1000")]
-    assert sorted(row["algo"] for row in table) == [file.stem for file in files], table
-    assert all(row["seeds"] == "2" and row["quick"] == "True" for row in table)
-    assert (clone / "report" / "index.html").stat().st_size > 100_000
+    done = subprocess.run([*command, "--seed", "1"], capture_output=True, **flags)
+    assert done.returncode == 1 and re.fullmatch("error: --seed behind --.*\n", done.stderr)

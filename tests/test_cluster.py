@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, write_set
+from test_benchmark import rows
 
 import common
 
@@ -52,9 +53,8 @@ def test_sets_are_staged_whole(tmp_path):
 def scheduler(tmp_path, monkeypatch) -> Path:
     """sbatch and scontrol that write down their words, a call a line. Returns the folder of sbatch.calls and so on."""
     for name in ("sbatch", "scontrol"):
-        note = (
-            f"for word; do printf '%s\\t' \"$word\"; done >> {tmp_path}/{name}.calls; echo >> {tmp_path}/{name}.calls"
-        )
+        calls = tmp_path / f"{name}.calls"
+        note = f"for word; do printf '%s\\t' \"$word\"; done >> {calls}; echo >> {calls}"
         (tmp_path / name).write_text(f"#!/bin/sh\n{note}; echo 7\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -63,9 +63,9 @@ def scheduler(tmp_path, monkeypatch) -> Path:
 
 def test_what_slurm_is_asked_for(scheduler, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
-    words = ["--algos", "bc", "--tasks", "walker-walk", "--datasets", "random,medium", "--seeds", "2", "--slurm"]
-    words += ["--jobs", "3", "--slurm-args=--partition=gpu --comment='two words'", "--runs-dir", "my runs"]
-    words += ["--stage-dir", "$TMPDIR", "--", "--data-dir", str(tmp_path / "data")]
+    flags = "--algos bc --tasks walker-walk --datasets random,medium --seeds 2 --slurm --jobs 3 --stage-dir $TMPDIR"
+    words = [*flags.split(), "--slurm-args=--partition=gpu --comment='two words'", "--runs-dir", "my runs"]
+    words += ["--", "--data-dir", f"{tmp_path}/data"]
     assert run_all.main(words) == 0
     assert re.search(r"^job 7 makes 2 sets: .*\narray 7: 4 runs\.", capsys.readouterr().out, re.M)
     sets, array = (line.split("\t")[:-1] for line in (scheduler / "sbatch.calls").read_text().splitlines())
@@ -130,33 +130,15 @@ def test_slurm_array(slurm, capsys, monkeypatch, tmp_path):
     scheduler; both continue from their checkpoints."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    words = [
-        "--algos",
-        "bc",
-        "--tasks",
-        "walker-walk",
-        "--datasets",
-        "random",
-        "--seeds",
-        "3",
-        "--slurm",
-        "--jobs",
-        "2",
-    ]
-    words += ["--slurm-args=--partition=test --time=10", "--runs-dir", str(tmp_path / "runs"), "--stage-dir"]
-    words += [f"{tmp_path}/$SLURM_JOB_PARTITION", "--", "--steps", "1500", "--log-every", "1", "--batch-size", "2"]
-    words += ["--eval-every", "0", "--device", "cpu", "--feature-dim", "8", "--hidden-dim", "8"]
-    words += ["--transitions", "500", "--data-dir", str(tmp_path / "data")]
+    flags = f"""--algos bc --tasks walker-walk --datasets random --seeds 3 --slurm --jobs 2 --runs-dir {tmp_path}/runs
+        --stage-dir {tmp_path}/$SLURM_JOB_PARTITION -- --steps 1500 --log-every 1 --batch-size 2 --eval-every 0
+        --device cpu --feature-dim 8 --hidden-dim 8 --transitions 500 --data-dir {tmp_path}/data"""
+    words = ["--slurm-args=--partition=test --time=10", *flags.split()]
     assert run_all.main(words) == 0
     array = re.search(r"^job \d+ makes 1 sets: .*\narray (\d+): 3 runs\.", capsys.readouterr().out, re.M)[1]
     assert [state for task, state in queue().items() if task.startswith(f"{array}_")] == ["PENDING"] * 3
-    folder = tmp_path / "runs" / "bc" / "walker-walk" / "random-84px-500"
-
-    def rows(seed: int) -> int:
-        file = folder / f"seed{seed}" / "train.csv"
-        return len(file.read_text().splitlines()) - 1 if file.exists() else 0
-
-    wait_until(lambda: rows(0) > 20 and rows(1) > 20, 240)
+    runs = [tmp_path / "runs" / "bc" / "walker-walk" / "random-84px-500" / f"seed{seed}" for seed in range(3)]
+    wait_until(lambda: min(rows(runs[0]), rows(runs[1])) > 20, 240)
     # What Slurm sends before the time limit. scancel itself goes on asking, for the job is soon no longer running.
     asking = subprocess.Popen(["scancel", "--batch", "--signal=USR1", f"{array}_1"], stderr=subprocess.DEVNULL)
     subprocess.run(["scontrol", "requeue", f"{array}_2"], check=True)  # what preemption does
@@ -164,15 +146,15 @@ def test_slurm_array(slurm, capsys, monkeypatch, tmp_path):
     asking.kill()  # else it would signal the continued run too
     asking.wait()
     time.sleep(2)  # a job that starts again in the second of its end has no valid credential
-    for seed in (0, 1):
-        assert "with a checkpoint; the same command" in (folder / f"seed{seed}.log").read_text()
-        assert rows(seed) < 1500
+    for task, run in enumerate(runs[:2], 1):
+        assert "with a checkpoint; the same command" in Path(f"{run}.log").read_text()
+        assert rows(run) < 1500
         # Slurm lets requeued jobs wait for two minutes
-        subprocess.run(["scontrol", "update", f"JobId={array}_{seed + 1}", "StartTime=now"], check=True)
+        subprocess.run(["scontrol", "update", f"JobId={array}_{task}", "StartTime=now"], check=True)
     wait_until(lambda: not queue(), 300)
-    for seed in range(3):
-        config = json.loads((folder / f"seed{seed}" / "config.json").read_text())
+    for run in runs:
+        config = json.loads((run / "config.json").read_text())
         assert config["args"]["data_dir"] == f"{tmp_path}/test"  # staged, the name looked up in the job
-        assert (folder / f"seed{seed}" / "finished.json").exists() and rows(seed) == 1500
-        assert ("continuing" in (folder / f"seed{seed}.log").read_text()) == (seed < 2)
+        assert (run / "finished.json").exists() and rows(run) == 1500
+        assert ("continuing" in Path(f"{run}.log").read_text()) == (run != runs[2])
     assert run_all.main(words) == 0 and "# 3 runs: 3 finished; 0 sets to make\n" in capsys.readouterr().out

@@ -1,9 +1,7 @@
 """The collector: the same bytes however it is run, the published recipe, honest errors."""
 
-import json
-import subprocess
-import sys
-import time
+import itertools
+import re
 import types
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import train_sac
 import tyro
 import vd4rl
 from collect import POLICIES, Args, SACPolicy
-from conftest import ENVIRONMENT, ROOT, run_python
+from conftest import run_python
 from published import TABLE_5
 from store import return_statistics, standard_transitions, take_lock
 from test_data import digests, load
@@ -28,8 +26,9 @@ SHORT = 20  # steps of an episode in most tests here
 @pytest.fixture
 def short(monkeypatch):
     """Episodes of 20 steps, a recorded physics state every 5."""
-    monkeypatch.setattr(collect, "EPISODE", SHORT)
-    monkeypatch.setattr(collect, "STATE_EVERY", 5)
+    for module in (collect, train_sac):
+        monkeypatch.setattr(module, "EPISODE", SHORT)
+        monkeypatch.setattr(module, "STATE_EVERY", 5)
 
 
 def make(data_dir, dataset="random", episodes=2, size=16, **flags) -> Path:
@@ -45,34 +44,26 @@ def make(data_dir, dataset="random", episodes=2, size=16, **flags) -> Path:
 def test_bytes_do_not_depend_on_workers_or_on_how_many_follow(short, tmp_path):
     one = make(tmp_path / "one", episodes=5, workers=1)
     two = make(tmp_path / "two", episodes=5, workers=2)  # the last round has one episode for two workers
-    fewer = make(tmp_path / "fewer", episodes=2, workers=2)
     assert digests(one) == digests(two)
-    rows = 2 * (SHORT + 1)
-    for name in ("image", "action", "reward"):
-        assert np.array_equal(load(fewer)[name], load(one)[name][:rows])
-    assert len(load(one)["image"]) == 5 * (SHORT + 1)
-    seen = load(one)["action"].reshape(5, SHORT + 1, 6)[:, 1:]
+    rows, fewer = load(one), load(make(tmp_path / "fewer", episodes=2, workers=2))
+    assert all(np.array_equal(fewer[name], rows[name][: 2 * (SHORT + 1)]) for name in ("image", "action", "reward"))
+    seen = rows["action"].reshape(5, SHORT + 1, 6)[:, 1:]
     assert len(np.unique(seen)) == seen.size  # no two episodes share their actions
 
 
 def test_an_interrupted_collector_continues_to_the_same_bytes(short, tmp_path, monkeypatch, capsys):
-    wanted = make(tmp_path / "wanted", episodes=5, workers=2)
-    original = collect.store.DatasetWriter.add
+    wanted, original = make(tmp_path / "wanted", episodes=5, workers=2), collect.store.DatasetWriter.add
 
     def add(writer, *episode):
         if writer.episodes == 3:
             raise KeyboardInterrupt
         original(writer, *episode)
 
-    monkeypatch.setattr(collect.store.DatasetWriter, "add", add)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(collect.store.DatasetWriter, "add", add)
         make(tmp_path / "killed", episodes=5, workers=2)
-    monkeypatch.undo()
-    monkeypatch.setattr(collect, "EPISODE", SHORT)
-    folder = tmp_path / "killed" / "made" / "walker-walk" / wanted.name
-    with pytest.raises(UserError, match="no whole set"):
-        Dataset(folder)
-    assert make(tmp_path / "killed", episodes=5, workers=1) == folder
+    assert not list(tmp_path.glob("killed/**/meta.json"))
+    folder = make(tmp_path / "killed", episodes=5, workers=1)
     assert "continuing after 3 episodes" in capsys.readouterr().out and digests(folder) == digests(wanted)
 
 
@@ -90,11 +81,10 @@ def test_a_finished_set_is_not_made_again(short, tmp_path, monkeypatch, capsys):
     folder = make(tmp_path)
     before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
     monkeypatch.setattr(collect, "EnvPool", None)  # it could not be called
-    first = capsys.readouterr().out
     assert make(tmp_path) == folder
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
-    rows = [[line for line in out.splitlines() if "made" in line][-1] for out in (first, capsys.readouterr().out)]
-    assert rows[0] == rows[1]
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("      made")]
+    assert len(rows) == 2 and rows[0] == rows[1]
 
 
 # ---- what is in a set ----
@@ -103,24 +93,11 @@ def test_a_finished_set_is_not_made_again(short, tmp_path, monkeypatch, capsys):
 def test_stats_only_gives_the_returns_of_the_rendered_set(tiny_set, tmp_path):
     args = Args(dataset="random", transitions=1000, data_dir=str(tmp_path), stats_only=True)
     returns = collect.collect(args, "random", 1000, tmp_path / "nothing")
-    meta = json.loads((tiny_set / "meta.json").read_text())
-    np.testing.assert_allclose(returns, meta["episode_returns"], atol=1e-3)
     np.testing.assert_allclose(returns, load(tiny_set)["reward"].reshape(2, 501).sum(1), rtol=1e-5)
     assert list(tmp_path.iterdir()) == []
-    keys = [round(value, 2) for value in (returns.mean(), returns.std(), returns.min(), returns.max())]
-    assert [return_statistics(returns)[key] for key in ("mean", "std", "min", "max")] == keys
-
-
-def test_replaying_the_stored_actions_gives_the_stored_rewards_and_frames(tiny_set):
-    """Row t + 1 holds what action t + 1 led to, in an environment made here."""
-    rows, env = load(tiny_set), make_env("walker-walk", size=84, frame_stack=1)
-    for episode in (0, 1):
-        first = 501 * episode
-        obs, _ = env.reset(int(collect.rng_of("random", 0, episode).integers(2**31)))
-        assert np.array_equal(obs, rows["image"][first])
-        for t in range(first + 1, first + 6):
-            obs, reward, _, _, _ = env.step(rows["action"][t])
-            assert np.array_equal(obs, rows["image"][t]) and np.float32(reward) == rows["reward"][t]
+    wanted = {"mean": returns.mean(), "std": returns.std(), "min": returns.min(), "max": returns.max()}
+    wanted |= {"p25": np.quantile(returns, 0.25), "median": np.median(returns), "p75": np.quantile(returns, 0.75)}
+    assert return_statistics(returns) == {name: round(value, 2) for name, value in wanted.items()}
 
 
 # ---- policies ----
@@ -132,8 +109,7 @@ SHIPPED = sorted((path.parent.name, path.stem) for path in POLICIES.glob("*/*.np
 def test_the_shipped_replays_are_near_the_published_statistics(task):
     with np.load(POLICIES / task / "mixed.npz") as arrays:
         returns, actions, physics = arrays["ret"], arrays["action"], arrays["physics"]
-    assert actions.shape[:2] == (standard_transitions(task, "mixed") // 500, 500)
-    assert len(returns) == len(actions) == len(physics)
+    assert len(returns) == len(actions) == len(physics) == standard_transitions(task, "mixed") // 500
     mean, _, _, _, median, *_ = TABLE_5[task, "mixed"]
     assert returns.mean() == pytest.approx(mean, rel=0.2) and np.median(returns) == pytest.approx(median, rel=0.2)
 
@@ -148,16 +124,12 @@ def test_the_shipped_policies_are_near_the_published_mean(task, name, tmp_path):
 
 @pytest.fixture
 def policies(tmp_path, monkeypatch) -> Path:
-    """A folder of tiny actors for walker-walk (24 state entries, 6 joints), in place of the shipped ones."""
+    """A folder of actors for walker-walk (24 state entries, 6 joints), in place of the shipped ones."""
     folder = tmp_path / "policies"
     (folder / "walker-walk").mkdir(parents=True)
-    for i, name in enumerate(("medium", "expert")):
-        rng = np.random.default_rng(i)
-        arrays = {"scale": np.full(24, 2, np.float32)}
-        for k, (inputs, outputs) in enumerate([(24, 8), (8, 8), (8, 12)]):
-            arrays[f"W{k}"] = rng.normal(0, inputs**-0.5, (inputs, outputs)).astype(np.float32)
-            arrays[f"b{k}"] = rng.normal(0, 0.1, outputs).astype(np.float32)
-        np.savez(folder / "walker-walk" / f"{name}.npz", **arrays)
+    for seed, name in enumerate(("medium", "expert")):
+        torch.manual_seed(seed)
+        train_sac.SAC(24, 6, lr=1e-3, tau=0.005).save_actor(folder / "walker-walk" / f"{name}.npz")
     monkeypatch.setattr(collect, "POLICIES", folder)
     return folder
 
@@ -193,62 +165,59 @@ def test_medexp_joins_two_sets_and_copies_no_frame(short, policies, tmp_path):
     assert list(vd4rl.findings(folder)) == []
 
 
-def test_a_policys_set_holds_its_sampled_actions(short, policies, tmp_path):
-    rows = load(make(tmp_path, "medium", episodes=2, workers=2))
-    policy, env = SACPolicy(policies / "walker-walk" / "medium.npz"), make_env("walker-walk", size=None)
-    for episode in (0, 1):
-        rng = collect.rng_of("medium", 0, episode)
-        _, info = env.reset(rng.integers(2**31))
-        for t in range(episode * (SHORT + 1) + 1, (episode + 1) * (SHORT + 1)):
+@pytest.mark.parametrize("name", ["random", "medium"])
+def test_a_set_holds_what_its_policy_leads_to(short, policies, tmp_path, name):
+    """Row t + 1 holds what action t + 1 led to, in an environment made here."""
+    rows, env = load(make(tmp_path, name, episodes=2, workers=2)), make_env("walker-walk", size=16, frame_stack=1)
+    policy = collect.UniformPolicy(6) if name == "random" else SACPolicy(policies / "walker-walk" / "medium.npz")
+    for first in (0, SHORT + 1):
+        rng = collect.rng_of(name, 0, first // SHORT)
+        obs, info = env.reset(rng.integers(2**31))
+        assert np.array_equal(obs, rows["image"][first])
+        for t in range(first + 1, first + SHORT + 1):
             action = policy.act(info["state"], rng)
-            _, reward, _, _, info = env.step(action)
+            obs, reward, _, _, info = env.step(action)
             assert np.array_equal(action, rows["action"][t]) and np.float32(reward) == rows["reward"][t]
+            assert np.array_equal(obs, rows["image"][t])
 
 
 @pytest.fixture
 def recorded(policies) -> dict[str, np.ndarray]:
     """mixed.npz with eight episodes of 20 steps, as train_sac.py records them. Returns its arrays."""
     env, rng = make_env("walker-walk", size=None), np.random.default_rng(0)
-    arrays = {"seed": np.arange(100, 108), "action": rng.integers(-32767, 32768, (8, SHORT, 6)).astype(np.int16)}
-    physics, rewards = [], []
-    for seed, actions in zip(arrays["seed"], arrays["action"]):
-        env.reset(int(seed))
-        for t, action in enumerate(actions):
-            if t % 5 == 0:
-                physics.append(collect.get_state(env))
-            rewards.append(env.step(action / np.float32(32767))[1])
-    arrays |= {"physics": np.array(physics).reshape(8, 4, -1), "ret": np.array(rewards).reshape(8, SHORT).sum(1)}
+    seeds, actions = np.arange(100, 108), rng.integers(-32767, 32768, (8, SHORT, 6)).astype(np.int16)
+    physics, rewards = [], np.empty((8, SHORT))
+    for episode, t in np.ndindex(8, SHORT):
+        if t == 0:
+            env.reset(int(seeds[episode]))
+        if t % 5 == 0:
+            physics.append(collect.get_state(env))
+        rewards[episode, t] = env.step(actions[episode, t] / np.float32(32767))[1]
+    arrays = {"seed": seeds, "action": actions, "physics": np.reshape(physics, (8, 4, -1)), "ret": rewards.sum(1)}
     np.savez(policies / "walker-walk" / "mixed.npz", **arrays)
-    return arrays | {"reward": np.array(rewards).reshape(8, SHORT)}
+    return arrays | {"reward": rewards}
 
 
-@pytest.mark.parametrize("episodes, chosen", [(8, range(8)), (3, [1, 4, 6])])
-def test_mixed_takes_evenly_spaced_episodes_and_replays_them(short, recorded, tmp_path, capsys, episodes, chosen):
-    folder = make(tmp_path, "mixed", episodes=episodes, workers=2)
-    rows, chosen = load(folder), list(chosen)
+@pytest.mark.parametrize("episodes, chosen, off, says", [
+    (8, range(8), 0, "as recorded; largest difference 0.00, above 0.1 in 0 episodes"),
+    (3, [1, 4, 6], 0.25, r"DIFFER from the record .*; largest difference 0.25, above 0.1 in 3 episodes"),
+])  # fmt: skip
+def test_mixed_takes_evenly_spaced_episodes_and_replays_them(short, recorded, policies, tmp_path, capsys, episodes,
+                                                             chosen, off, says):  # fmt: skip
+    np.savez(policies / "walker-walk" / "mixed.npz", **recorded | {"ret": recorded["ret"] + off})
+    rows, chosen = load(make(tmp_path, "mixed", episodes=episodes, workers=2)), list(chosen)
     actions = rows["action"].reshape(episodes, SHORT + 1, 6)[:, 1:]
     assert np.array_equal(actions, recorded["action"][chosen].astype(np.float32) / np.float32(32767))
     rewards = rows["reward"].reshape(episodes, SHORT + 1)[:, 1:]
     assert np.array_equal(rewards, recorded["reward"][chosen].astype(np.float32))
-    out = capsys.readouterr().out
-    assert "re-simulated returns as recorded; largest difference 0.00, above 0.1 in 0 episodes" in out
-
-
-def test_mixed_says_where_it_differs_from_the_record(short, recorded, policies, tmp_path, capsys):
-    changed = {name: recorded[name] for name in ("seed", "action", "physics")} | {"ret": recorded["ret"] + 0.25}
-    np.savez(policies / "walker-walk" / "mixed.npz", **changed)
-    make(tmp_path, "mixed", episodes=3, workers=2)  # the last round has one episode for two workers
-    assert "DIFFER from the record" in (out := capsys.readouterr().out)
-    assert "largest difference 0.25, above 0.1 in 3 episodes" in out
+    assert re.search(f"re-simulated returns {says}", capsys.readouterr().out)
 
 
 def test_mixed_restores_the_recorded_physics(short, recorded, policies, tmp_path):
     """A state that differs from where the actions lead is put back every STATE_EVERY steps."""
-    physics = recorded["physics"].copy()
-    physics[:, 2] = recorded["physics"][:, 1]  # before step 10: back to before step 5
-    action = recorded["action"].copy()
-    action[:, 10:15] = action[:, 5:10]
-    np.savez(policies / "walker-walk" / "mixed.npz", **recorded | {"physics": physics, "action": action})
+    recorded["physics"][:, 2] = recorded["physics"][:, 1]  # before step 10: back to before step 5
+    recorded["action"][:, 10:15] = recorded["action"][:, 5:10]
+    np.savez(policies / "walker-walk" / "mixed.npz", **recorded)
     rewards = load(make(tmp_path, "mixed", episodes=8))["reward"].reshape(8, SHORT + 1)[:, 1:]
     assert np.array_equal(rewards[:, 10:15], rewards[:, 5:10])
 
@@ -297,43 +266,47 @@ def test_an_error_ends_the_command_with_one_line(tmp_path):
 # ---- train_sac.py ----
 
 
-def sac(folder: Path, steps: int, *flags) -> list:
-    train_sac = ROOT / "data" / "train_sac.py"
-    return [train_sac, "--task", "walker-walk", "--envs", 2, "--steps", steps, "--runs-dir", folder, *flags]
+def sac(folder: Path, steps: int, task="walker-walk", **flags) -> Path:
+    """Trains in this process. Returns the run's folder."""
+    train_sac.main(train_sac.Args(**{"task": task, "envs": 2, "steps": steps, "runs_dir": folder} | flags))
+    return folder / task
 
 
-@pytest.mark.slow
-def test_sac_killed_between_two_checkpoints_ends_as_if_never_killed(tmp_path):
+def test_sac_killed_between_two_checkpoints_ends_as_if_never_killed(short, tmp_path, monkeypatch, capsys):
     """Everything is compared: networks, replay and what becomes the mixed set."""
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    words = [sys.executable, *map(str, sac(killed, 2000))]
-    process = subprocess.Popen(words, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
-    while not process.stdout.readline().startswith("    500 updates"):
-        assert process.poll() is None
-    time.sleep(1)  # on the way to update 1,000
-    process.kill()
-    process.communicate()
-    held = take_lock(killed / "walker-walk" / ".lock", wait=False)
-    refused = run_python(*sac(killed, 2000))
-    assert refused.returncode == 1 and "walker-walk is in use by another process" in refused.stderr
+    update, calls = train_sac.SAC.update, itertools.count()
+
+    def update_or_die(agent, *batch):
+        if next(calls) == 30:  # in the third of four rounds, of which the first only collects
+            raise KeyboardInterrupt
+        update(agent, *batch)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_sac.SAC, "update", update_or_die)
+        sac(tmp_path / "killed", 80)
+    held = take_lock(tmp_path / "killed" / "walker-walk" / ".lock", wait=False)
+    with pytest.raises(UserError, match="walker-walk is in use by another process"):
+        sac(tmp_path / "killed", 80)
     held.release()
-    outputs = [run_python(*sac(folder, 2000)).stdout for folder in (killed, whole)]
-    assert "resumed at 500 updates" in outputs[0] and "resumed" not in outputs[1]
-    one, two = (torch.load(f / "walker-walk" / "checkpoint.pt", weights_only=True) for f in (killed, whole))
-    assert one["step"] == two["step"] == 1500  # the first of four rounds only collects
+    killed = sac(tmp_path / "killed", 80)
+    assert "resumed at 20 updates" in capsys.readouterr().out
+    whole = sac(tmp_path / "whole", 80)
+    assert "resumed" not in capsys.readouterr().out
+    one, two = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (killed, whole))
+    assert one["step"] == two["step"] == 60
     assert all(torch.equal(one["agent"][name], two["agent"][name]) for name in two["agent"])
     for name in ("replay/action", "replay/reward", "record/physics", "record/seed", "record/ret"):
-        arrays = [np.load(folder / "walker-walk" / f"{name}.npy") for folder in (killed, whole)]
+        arrays = [np.load(folder / f"{name}.npy") for folder in (killed, whole)]
         np.testing.assert_array_equal(*arrays)
     assert (arrays[0] > 0).all() and len(arrays[0]) == 8
-    other = run_python(*sac(killed, 2000, "--seed", 1))
-    assert other.returncode == 1 and "holds a run of --seed 0" in other.stderr
-    more = run_python(*sac(whole, 2500, "--envs", 3))  # another number of environments may go on
-    assert "resumed at 1500 updates, 8 episodes" in more.stdout
-    assert "2000 updates      5500 transitions" in more.stdout
-    record, replay = (np.load(whole / "walker-walk" / f"{name}.npy") for name in ("record/updates", "replay/reward"))
-    assert record.tolist() == [0, 0, 500, 500, 1000, 1000, 1500, 1500, 2000, 2000, 2000]
-    assert len(replay) == 5500 and (replay[4000:] > 0).mean() > 0.5
+    with pytest.raises(UserError, match="holds a run of --seed 0"):
+        sac(tmp_path / "killed", 80, seed=1)
+    sac(tmp_path / "whole", 100, envs=3)  # another number of environments may go on
+    printed = capsys.readouterr().out
+    assert "resumed at 60 updates, 8 episodes" in printed and "80 updates       220 transitions" in printed
+    assert np.load(whole / "record/updates.npy").tolist() == [0, 0, 20, 20, 40, 40, 60, 60, 80, 80, 80]
+    replay = np.load(whole / "replay/reward.npy")
+    assert len(replay) == 220 and (replay[160:] > 0).mean() > 0.5
 
 
 def test_a_humanoid_is_put_on_its_feet():
@@ -345,9 +318,6 @@ def test_a_humanoid_is_put_on_its_feet():
     assert physics.head_height() == pytest.approx(1.49, abs=0.02) and physics.torso_upright() > 0.98
     forwards, velocity = physics.named.data.xmat["torso", ["xx", "yx"]], physics.center_of_mass_velocity()[:2]
     assert forwards @ velocity == pytest.approx(np.linalg.norm(velocity)) and 0 < forwards @ velocity < 1
-    steps = [env.step(np.zeros(env.spec["action_dim"])) for _ in range(5)]  # it stands, though it does nothing
-    assert steps[-1][1] > 0.3 and np.abs(steps[-1][4]["state"] - states[-1]).max() < 10
-    np.testing.assert_array_equal(env.reset(0)[1]["state"], env.reset(0)[1]["state"])
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -358,79 +328,59 @@ def test_a_humanoid_is_put_on_its_feet():
 ])  # fmt: skip
 def test_mistakes_with_sac_are_one_line(tmp_path, flags, message):
     with pytest.raises(UserError, match=message) as error:
-        train_sac.main(train_sac.Args(**{"envs": 2, "steps": 500, "runs_dir": tmp_path} | flags))
+        sac(tmp_path, 500, **flags)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
-def test_newest_transitions_are_what_is_learned_from(tmp_path):
-    """More of them than there are is all of them; fewer than a batch is an error."""
-    weights = {}
-    for words in ((), ("--newest", 10**9), ("--newest", 256)):
-        folder = tmp_path / "-".join(map(str, words))
-        done = run_python(*sac(folder, 1000, *words))
-        assert done.returncode == 0, done.stderr
-        checkpoint = torch.load(folder / "walker-walk/checkpoint.pt", weights_only=True)
-        weights[words[1:]] = checkpoint["agent"]["actor.0.weight"]
-    assert torch.equal(weights[()], weights[(10**9,)]) and not torch.equal(weights[()], weights[(256,)])
+def test_newest_transitions_are_what_is_learned_from(short, tmp_path):
+    """More of them than there are is all of them; 640 are collected."""
+    weights = []
+    for newest in (None, 10**9, 256):
+        folder = sac(tmp_path / str(newest), 40, envs=16, newest=newest)
+        weights.append(torch.load(folder / "checkpoint.pt", weights_only=True)["agent"]["actor.0.weight"])
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 
 
 @pytest.mark.slow
-def test_upright_humanoids_start_again_when_they_fall(tmp_path):
-    """One environment of two: its heads stay up, the other's do not; its return does not count as the task's."""
-    done = run_python(*sac(tmp_path, 500, "--task", "humanoid-walk", "--upright", 1))
-    assert done.returncode == 0, done.stderr
-    folder = tmp_path / "humanoid-walk"
-    state, after = (np.load(folder / f"replay/{name}.npy").reshape(500, 2, -1) for name in ("state", "next_state"))
-    head = 21  # its column, behind the joint angles
-    fallen = after[..., head] < 1
-    assert state[:, 0, head].min() >= 1 and (state[50:, 1, head] < 1).all()
-    restarts = (state[1:] != after[:-1]).any(-1)
-    np.testing.assert_array_equal(restarts[:, 0], fallen[:-1, 0])
-    assert 20 < restarts[:, 0].sum() < 100 and not restarts[:, 1].any()
-    returns = np.load(folder / "record/ret.npy")
-    assert np.isnan(returns[0]) and 0 <= returns[1] < 10 and f"sampled return {returns[1]:6.1f}" in done.stdout
-    refused = run_python(*sac(tmp_path, 500, "--task", "humanoid-walk", "--export", "mixed"))
-    assert refused.returncode == 1 and "are of --upright or --guided" in refused.stderr
+def test_humanoids_that_are_helped(tmp_path, capsys):
+    """The first environment's heads stay up, for it starts again when it falls; the second lies in the round of uniform
+    actions and is got up in the next; the third goes on lying. Returns of the first two do not count as the task's."""
+    folder = sac(tmp_path, 1000, "humanoid-walk", envs=3, upright=1, guided=1)
+    printed = capsys.readouterr().out
+    state, after = (np.load(folder / f"replay/{name}.npy").reshape(1000, 3, -1) for name in ("state", "next_state"))
+    heads, fallen = state[..., 21], after[..., 21] < 1  # their column, behind the joint angles
+    assert heads[:, 0].min() >= 1 and (heads[50:500, 1:] < 1).all() and (heads[550:, 2] < 1).all()
+    assert (heads[550:, 1] > 1.2).mean() > 0.05
+    restarts, within = (state[1:] != after[:-1]).any(-1), np.arange(999) != 499  # a round's last row
+    np.testing.assert_array_equal(restarts[within, 0], fallen[:-1][within, 0])
+    assert 40 < restarts[:, 0].sum() < 200 and not restarts[within, 1:].any()
+    returns = np.load(folder / "record/ret.npy").reshape(2, 3)
+    assert np.isnan(returns[:, :2]).all() and ((returns[:, 2] >= 0) & (returns[:, 2] < 10)).all()
+    assert all(f"sampled return {value:6.1f}" in printed for value in returns[:, 2])
+    with pytest.raises(UserError, match="are of --upright or --guided"):
+        sac(tmp_path, 500, "humanoid-walk", export=("mixed",))
 
 
-@pytest.mark.slow
-def test_guided_humanoids_are_got_up(tmp_path):
-    """After a round of uniform actions; the environment beside it goes on lying."""
-    done = run_python(*sac(tmp_path, 1000, "--task", "humanoid-walk", "--guided", 1))
-    assert done.returncode == 0, done.stderr
-    head = np.load(tmp_path / "humanoid-walk/replay/state.npy").reshape(1000, 2, -1)[..., 21]
-    assert (head[50:500] < 1).all() and (head[550:, 1] < 1).all()
-    assert (head[550:, 0] > 1.2).mean() > 0.05
-    assert np.isnan(np.load(tmp_path / "humanoid-walk/record/ret.npy")).tolist() == [True, False] * 2
-
-
-@pytest.fixture
-def trained(tmp_path, monkeypatch):
-    """A run folder of five rounds of two environments with actors 100 to 500, whose rounds scored 100 to 500."""
+@pytest.mark.parametrize("means, chosen, note", [
+    # step: (mean of the sampled actions, of the mean action); the published mean is 439.6 +- 48.4
+    ({300: (440, 440), 400: (430, 350), 500: (445, 430)}, 300, ""),
+    ({300: (440, 340), 400: (430, 438), 500: (445, 200)}, 400, ""),  # the mean action counts
+    ({300: (410, 440), 400: (419, 419), 500: (480, 440)}, 400, ""),  # 300 is nearer, but 7 % off
+    ({400: (300, 300), 500: (700, 700)}, 400, ", NONE within 5 % of it"),
+])  # fmt: skip
+def test_export_takes_the_actor_nearest_to_the_published_set(tmp_path, monkeypatch, capsys, means, chosen, note):
+    """From five rounds of two environments with actors 100 to 500, whose rounds scored 100 to 500."""
     out = tmp_path / "runs" / "walker-walk"
     for folder in (out / "record", out / "actors"):
         folder.mkdir(parents=True)
     torch.save({"rounds": 5, "episodes": 10}, out / "checkpoint.pt")
-    np.save(out / "record" / "updates.npy", np.repeat([100, 200, 300, 400, 500, 0], 2))  # the last row: not yet made
-    np.save(out / "record" / "ret.npy", np.repeat([100.0, 200, 300, 400, 500, 0], 2) + np.tile([-5.0, 5], 6))
-    for step in (100, 200, 300, 400, 500, 600):  # 600: later than the checkpoint
+    record = np.repeat([100, 200, 300, 400, 500, 0], 2)  # the last row: not yet made
+    np.save(out / "record" / "updates.npy", record)
+    np.save(out / "record" / "ret.npy", record + np.tile([-5.0, 5], 6))
+    for step in range(100, 700, 100):  # 600: later than the checkpoint
         np.savez(out / "actors" / f"{step:07d}.npz", updates=step)
     monkeypatch.setattr(train_sac, "POLICIES", tmp_path / "policies")
-
-
-@pytest.mark.parametrize(
-    "means, chosen, looked_at, note",
-    [  # step: (mean of the sampled actions, of the mean action); the published mean is 439.6 +- 48.4
-        ({300: (440, 440), 400: (430, 350), 500: (445, 430)}, 300, [300, 400, 500], ""),
-        ({300: (440, 340), 400: (430, 438), 500: (445, 200)}, 400, [300, 400, 500], ""),  # the mean action counts
-        ({300: (410, 440), 400: (419, 419), 500: (480, 440)}, 400, [300, 400, 500], ""),  # 300 is nearer, but 7 % off
-        ({400: (300, 300), 500: (700, 700)}, 400, [400, 500], ", NONE within 5 % of it"),
-    ],
-)
-def test_export_takes_the_actor_nearest_to_the_published_set(
-    trained, tmp_path, monkeypatch, capsys, means, chosen, looked_at, note
-):
     asked = []
 
     def returns_of(task, actor, sampled, episodes=50):
@@ -439,23 +389,20 @@ def test_export_takes_the_actor_nearest_to_the_published_set(
         return means[step][0 if sampled else 1] + np.array([-48.4, 48.4])  # the published deviation
 
     monkeypatch.setattr(train_sac, "returns_of", returns_of)
-    flags = {"export": ("medium",), "candidates": len(looked_at), "runs_dir": tmp_path / "runs"}
-    train_sac.main(train_sac.Args(task="walker-walk", **flags))
-    assert asked[::2] == looked_at
+    sac(tmp_path / "runs", 500, export=("medium",), candidates=len(means))
+    assert asked[::2] == list(means)
     assert int(np.load(tmp_path / "policies" / "walker-walk" / "medium.npz")["updates"]) == chosen
     assert f"chose {chosen} updates (published mean 439.6{note})" in capsys.readouterr().out
 
 
-def test_returns_of_an_actor_are_those_of_its_episodes_one_by_one():
-    path = POLICIES / "walker-walk" / "medium.npz"
-    for sampled in (True, False):
-        expected = []
-        for i in range(2):
-            env, policy, total = make_env("walker-walk", size=None), SACPolicy(path), 0.0
-            rng = np.random.default_rng([7, i]) if sampled else None
-            (_, info), truncated = env.reset(i), False
-            while not truncated:
-                _, reward, _, truncated, info = env.step(policy.act(info["state"], rng))
-                total += reward
-            expected.append(total)
-        np.testing.assert_allclose(train_sac.returns_of("walker-walk", path, sampled, 2), expected, rtol=1e-6)
+@pytest.mark.parametrize("sampled", [True, False])
+def test_returns_of_an_actor_are_those_of_its_episodes_one_by_one(sampled):
+    path, expected = POLICIES / "walker-walk" / "medium.npz", np.zeros(2)
+    env, policy = make_env("walker-walk", size=None), SACPolicy(path)
+    for i in range(2):
+        rng, (_, info) = np.random.default_rng([7, i]) if sampled else None, env.reset(i)
+        for _ in range(500):
+            _, reward, _, truncated, info = env.step(policy.act(info["state"], rng))
+            expected[i] += reward
+    assert truncated
+    np.testing.assert_allclose(train_sac.returns_of("walker-walk", path, sampled, 2), expected, rtol=1e-6)

@@ -1,21 +1,16 @@
 """One file per algorithm means copies. Same name, same source text: comments too, the number of a DIFF masked.
 
 What differs by design is listed in VARIANTS, so that a new file has to say which version of a name it shares. A
-researcher's own file, whose docstring says `Based on: drq_bc`, has its differences printed and never fails."""
+researcher's own file, whose docstring says `Based on: drq_bc`, is left alone."""
 
 import ast
 import difflib
-import inspect
 import re
 import sys
-from pathlib import Path
+from collections import defaultdict
 
 import pytest
-import torch
-
-import common
-
-ROOT = Path(common.__file__).resolve().parent
+from conftest import ROOT
 
 # name -> groups of files; the text is equal within a group and differs from group to group
 FREE, MODEL = {"bc", "drq_bc", "cql"}, {"offline_dv2", "lompo", "moto"}  # model-free files, world models
@@ -55,20 +50,10 @@ VARIANTS = {
     "evaluate_run": [FREE, MODEL],
 }
 
-BANNERS = ["# ==== Networks ====", "# ==== Agent ====", "# ==== Evaluation ===="]
-
-
-def repository_files() -> dict[str, str]:
-    return {path.stem: path.read_text() for path in sorted((ROOT / "algos").glob("*.py"))}
-
-
-def based_on(text: str) -> str | None:
-    found = re.search(r"Based on: *(\w+)", ast.get_docstring(ast.parse(text)) or "")
-    return found[1] if found else None
-
-
-def own_files() -> list[str]:
-    return [file for file, text in repository_files().items() if based_on(text) is None]
+FILES = {path.stem: path.read_text() for path in sorted((ROOT / "algos").glob("*.py"))}
+OWN = {file for file, text in FILES.items() if "Based on:" in (ast.get_docstring(ast.parse(text)) or "")}
+ALGORITHMS = {file: text for file, text in FILES.items() if file not in OWN}
+EACH = pytest.mark.parametrize("file", ALGORITHMS)
 
 
 def definitions(text: str) -> dict[str, str]:
@@ -89,125 +74,27 @@ def definitions(text: str) -> dict[str, str]:
     return found
 
 
-def diff(one: str, one_text: str, two: str, two_text: str) -> str:
-    return "\n".join(difflib.unified_diff(one_text.splitlines(), two_text.splitlines(), one, two, lineterm=""))
-
-
-def problems(files: dict[str, str], variants: dict[str, list[set[str]]]) -> list[str]:
-    """files: name -> source text. What breaks "same name, same source text", one text each; empty if nothing does."""
-    sources: dict[str, dict[str, str]] = {}  # definition -> file -> text
-    for file, text in files.items():
-        if based_on(text) is None:
-            for name, source in definitions(text).items():
-                sources.setdefault(name, {})[file] = source
-    found = []
-    for name, by_file in sources.items():
-        groups = variants.get(name, [set(by_file)])
-        silent = by_file.keys() - set().union(*groups)
-        found += [f"{name}: VARIANTS does not say which files {file} shares it with" for file in sorted(silent)]
-        for group in groups:
-            first, *others = sorted(group & by_file.keys()) or [None]
-            changed = [file for file in others if by_file[file] != by_file[first]]
-            found += [f"{name} differs:\n{diff(first, by_file[first], file, by_file[file])}" for file in changed]
-    for name, groups in variants.items():
-        by_file = sources.get(name, {})
-        gone = set().union(*groups) - by_file.keys()
-        found += [f"{name}: stale entry of VARIANTS, {file} has no such name" for file in sorted(gone)]
-        texts = [by_file[min(group & by_file.keys())] for group in groups if group & by_file.keys()]
-        if len(set(texts)) < len(groups):
-            found.append(f"{name}: stale entry of VARIANTS, two of its groups have the same text")
-    return found
-
-
 def test_same_name_same_source_text():
-    files = repository_files()
-    assert files.keys() >= FREE | MODEL
-    assert not problems(files, VARIANTS), "\n\n".join(problems(files, VARIANTS))
-
-
-def test_differences_of_files_based_on_another_are_printed():
-    """pytest -s tests/test_same_code.py shows them."""
-    files = repository_files()
-    for file, text in files.items():
-        if (base := based_on(text)) in files:
-            ours, theirs = definitions(text), definitions(files[base])
-            for name in sorted(ours.keys() & theirs.keys()):
-                if ours[name] != theirs[name]:
-                    print(diff(f"{base}.{name}", theirs[name], f"{file}.{name}", ours[name]))
-
-
-ONE = '''"""One."""
-class Agent:
-    @decorated(1)
-    def act(self):
-        """Acts."""
-        return 1  # DIFF 3
-
-def helper(x):
-    return x  # what it was
-'''
-
-
-def test_what_differs_is_found():
-    assert problems({"one": ONE, "two": ONE.replace("DIFF 3", "DIFF 12")}, {}) == []  # each file numbers its own
-    changes = [("helper", "return x", "return  x"), ("helper", "it was", "it is"), ("Agent.act", "Acts.", "Acts!")]
-    for name, before, after in [*changes, ("Agent.act", "decorated(1)", "decorated(2)")]:
-        files = {"one": ONE, "two": ONE.replace(before, after)}
-        (problem,) = problems(files, {})
-        assert problem.startswith(f"{name} differs:")
-        assert problems(files, {name: [{"one"}, {"two"}]}) == []
-        (problem,) = problems(files | {"three": ONE}, {name: [{"one"}, {"two"}]})
-        assert problem == f"{name}: VARIANTS does not say which files three shares it with"
-        files["two"] = files["two"].replace("One.", "Mine. Based on: one")
-        assert problems(files, {}) == []  # a file that is based on another
-    for stale in ({"helper": [{"one"}, {"two"}]}, {"helper": [{"one", "two", "gone"}]}, {"gone": [{"one"}, {"two"}]}):
-        assert any("stale" in problem for problem in problems({"one": ONE, "two": ONE}, stale))
-
-
-# ---- what common.py may not hold, and what each file may import ----
-
-
-def forbidden(text: str, algorithms: set[str]) -> list[str]:
-    """Networks, losses, optimisers and branches on the algorithm in a source text, as "line: what"."""
-    found = []
-
-    def constants(node):
-        return {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
-
-    def words(node):
-        return {getattr(part, "id", getattr(part, "attr", None)) for part in ast.walk(node)} - {None}
-
-    for node in ast.walk(ast.parse(text)):
-        bad = None
-        if isinstance(node, ast.ClassDef) and any(words(base) & {"Module", "Optimizer"} for base in node.bases):
-            bad = f"class {node.name} is a network or an optimiser"
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
-            modules = {part for name in names for part in name.split(".")}
-            if modules & {"nn", "optim", "functional"}:
-                bad = "imports networks, losses or optimisers"
-        elif isinstance(node, ast.Attribute) and node.attr in {"nn", "optim", "backward"}:
-            bad = f"uses .{node.attr}"
-        elif isinstance(node, ast.FunctionDef) and node.name.endswith("loss"):
-            bad = f"defines {node.name}"
-        elif isinstance(node, ast.Compare | ast.MatchValue) and constants(node) & algorithms:
-            bad = "branches on the algorithm"
-        if bad:
-            found.append(f"{node.lineno}: {bad}")
-    return found
+    """Files that share a text are exactly a group of VARIANTS, or all files that have the name."""
+    sources = defaultdict(lambda: defaultdict(list))  # name -> text -> its files
+    for file, text in ALGORITHMS.items():
+        for name, source in definitions(text).items():
+            sources[name][source].append(file)
+    assert ALGORITHMS.keys() >= FREE | MODEL and VARIANTS.keys() <= sources.keys()
+    for name, texts in sources.items():
+        groups = VARIANTS.get(name, [set().union(*texts.values())])
+        first, *others = (source.splitlines() for source in texts)
+        changes = ["\n".join(difflib.unified_diff(first, other, lineterm="")) for other in others]
+        assert sorted(texts.values()) == sorted(map(sorted, groups)), "\n\n".join([name, *changes])
 
 
 def test_common_holds_no_network_loss_optimiser_or_branch_on_the_algorithm():
-    assert forbidden((ROOT / "common.py").read_text(), set(repository_files())) == []
-    for _, value in inspect.getmembers(common, inspect.isclass):
-        assert not issubclass(value, torch.nn.Module | torch.optim.Optimizer)
-
-
-def test_the_search_of_common_finds():
-    for text in ("class Net(torch.nn.Module): pass", "from torch import nn", "import torch.nn.functional as F",
-                 "x = torch.optim.Adam([])", "loss.backward()", "def td_loss(q): pass",
-                 "if run.algo in ('bc', 'y'): pass", "if name == 'drq_bc': pass"):  # fmt: skip
-        assert len(forbidden(text, {"bc", "drq_bc"})) >= 1
+    """No name, attribute or word in quotes of common.py is one of these."""
+    nodes = list(ast.walk(ast.parse((ROOT / "common.py").read_text())))
+    texts = [value for node in nodes for value in vars(node).values() if isinstance(value, str)]
+    words = {word for text in texts for word in text.split(".")}
+    assert not words & {"nn", "optim", "functional", "backward", "Module", "Optimizer", *ALGORITHMS}
+    assert not [node.name for node in nodes if isinstance(node, ast.FunctionDef) and node.name.endswith("loss")]
 
 
 def imports(tree: ast.AST) -> set[str]:
@@ -233,9 +120,9 @@ def test_arrows_point_one_way():
     assert within == ["make_env"]
 
 
-@pytest.mark.parametrize("file", own_files())
+@EACH
 def test_files_import_common_alone_and_run_nothing(file):
-    tree = ast.parse(repository_files()[file])
+    tree = ast.parse(ALGORITHMS[file])
     assert imports(tree) - set(sys.stdlib_module_names) == {"common", "numpy", "torch"}
     allowed = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
     table = re.compile(r"TUNED\[.*\] = ")  # a row of it
@@ -247,19 +134,20 @@ def test_files_import_common_alone_and_run_nothing(file):
     ]
 
 
-@pytest.mark.parametrize("file", own_files())
+@EACH
 def test_every_difference_of_the_header_is_marked_where_it_happens(file):
-    text = repository_files()[file]
+    text = ALGORITHMS[file]
     header, body = text.split('"""', 2)[1:]
     numbers = [int(number) for number in re.findall(r"^  DIFF (\d+):", header, re.M)]
     assert numbers == list(range(1, len(numbers) + 1)) and numbers
     assert {int(number) for number in re.findall(r"DIFF (\d+)", body)} == set(numbers)
 
 
-@pytest.mark.parametrize("file", own_files())
+@EACH
 def test_files_have_the_same_order(file):
-    text = repository_files()[file]
-    marks = ["class Args:", "\nTUNED", "\nQUICK", "\nSIZE = ", *BANNERS, "\ndef main(", "\nif __name__"]
+    text = ALGORITHMS[file]
+    banners = [f"\n# ==== {name} ====\n" for name in ("Networks", "Agent", "Evaluation")]
+    marks = ["\nclass Args:", "\nTUNED", "\nQUICK", "\nSIZE = ", *banners, "\ndef main(", "\nif __name__"]
     places = [text.index(mark) for mark in marks]
     assert places == sorted(places)
-    assert all(text.count(banner) == 1 for banner in BANNERS)
+    assert all(text.count(banner) == 1 for banner in banners)
