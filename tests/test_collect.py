@@ -15,7 +15,7 @@ import vd4rl
 from collect import POLICIES, Args, SACPolicy
 from conftest import run_python
 from published import TABLE_5
-from store import return_statistics, standard_transitions, take_lock
+from store import standard_transitions
 from test_data import digests, load
 
 from common import Dataset, UserError, make_env
@@ -75,29 +75,6 @@ def test_sizes_hold_the_same_actions_and_rewards(short, tmp_path):
     assert small["reward"].sum() > 0
     means = [rows["image"].mean((2, 3)) for rows in (small, large)]  # the same scene, at two resolutions
     assert np.abs(means[0] - means[1]).max() < 5
-
-
-def test_a_finished_set_is_not_made_again(short, tmp_path, monkeypatch, capsys):
-    folder = make(tmp_path)
-    before = {file: file.stat().st_mtime_ns for file in folder.iterdir()}
-    monkeypatch.setattr(collect, "EnvPool", None)  # it could not be called
-    assert make(tmp_path) == folder
-    assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("      made")]
-    assert len(rows) == 2 and rows[0] == rows[1]
-
-
-# ---- what is in a set ----
-
-
-def test_stats_only_gives_the_returns_of_the_rendered_set(tiny_set, tmp_path):
-    args = Args(dataset="random", transitions=1000, data_dir=str(tmp_path), stats_only=True)
-    returns = collect.collect(args, "random", 1000, tmp_path / "nothing")
-    np.testing.assert_allclose(returns, load(tiny_set)["reward"].reshape(2, 501).sum(1), rtol=1e-5)
-    assert list(tmp_path.iterdir()) == []
-    wanted = {"mean": returns.mean(), "std": returns.std(), "min": returns.min(), "max": returns.max()}
-    wanted |= {"p25": np.quantile(returns, 0.25), "median": np.median(returns), "p75": np.quantile(returns, 0.75)}
-    assert return_statistics(returns) == {name: round(value, 2) for name, value in wanted.items()}
 
 
 # ---- policies ----
@@ -284,10 +261,6 @@ def test_sac_killed_between_two_checkpoints_ends_as_if_never_killed(short, tmp_p
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train_sac.SAC, "update", update_or_die)
         sac(tmp_path / "killed", 80)
-    held = take_lock(tmp_path / "killed" / "walker-walk" / ".lock", wait=False)
-    with pytest.raises(UserError, match="walker-walk is in use by another process"):
-        sac(tmp_path / "killed", 80)
-    held.release()
     killed = sac(tmp_path / "killed", 80)
     assert "resumed at 20 updates" in capsys.readouterr().out
     whole = sac(tmp_path / "whole", 80)
@@ -299,25 +272,6 @@ def test_sac_killed_between_two_checkpoints_ends_as_if_never_killed(short, tmp_p
         arrays = [np.load(folder / f"{name}.npy") for folder in (killed, whole)]
         np.testing.assert_array_equal(*arrays)
     assert (arrays[0] > 0).all() and len(arrays[0]) == 8
-    with pytest.raises(UserError, match="holds a run of --seed 0"):
-        sac(tmp_path / "killed", 80, seed=1)
-    sac(tmp_path / "whole", 100, envs=3)  # another number of environments may go on
-    printed = capsys.readouterr().out
-    assert "resumed at 60 updates, 8 episodes" in printed and "80 updates       220 transitions" in printed
-    assert np.load(whole / "record/updates.npy").tolist() == [0, 0, 20, 20, 40, 40, 60, 60, 80, 80, 80]
-    replay = np.load(whole / "replay/reward.npy")
-    assert len(replay) == 220 and (replay[160:] > 0).mean() > 0.5
-
-
-def test_a_humanoid_is_put_on_its_feet():
-    env, rng = make_env("humanoid-walk", size=None), np.random.default_rng(0)
-    env.reset(0)
-    states = [train_sac.stand(env, rng) for _ in range(20)]
-    assert len({state.tobytes() for state in states}) == 20 and states[0].dtype == np.float32
-    physics = env.simulator.env.physics
-    assert physics.head_height() == pytest.approx(1.49, abs=0.02) and physics.torso_upright() > 0.98
-    forwards, velocity = physics.named.data.xmat["torso", ["xx", "yx"]], physics.center_of_mass_velocity()[:2]
-    assert forwards @ velocity == pytest.approx(np.linalg.norm(velocity)) and 0 < forwards @ velocity < 1
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -330,79 +284,3 @@ def test_mistakes_with_sac_are_one_line(tmp_path, flags, message):
     with pytest.raises(UserError, match=message) as error:
         sac(tmp_path, 500, **flags)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.slow
-def test_newest_transitions_are_what_is_learned_from(short, tmp_path):
-    """More of them than there are is all of them; 640 are collected."""
-    weights = []
-    for newest in (None, 10**9, 256):
-        folder = sac(tmp_path / str(newest), 40, envs=16, newest=newest)
-        weights.append(torch.load(folder / "checkpoint.pt", weights_only=True)["agent"]["actor.0.weight"])
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-
-
-@pytest.mark.slow
-def test_humanoids_that_are_helped(tmp_path, capsys):
-    """The first environment's heads stay up, for it starts again when it falls; the second lies in the round of uniform
-    actions and is got up in the next; the third goes on lying. Returns of the first two do not count as the task's."""
-    folder = sac(tmp_path, 1000, "humanoid-walk", envs=3, upright=1, guided=1)
-    printed = capsys.readouterr().out
-    state, after = (np.load(folder / f"replay/{name}.npy").reshape(1000, 3, -1) for name in ("state", "next_state"))
-    heads, fallen = state[..., 21], after[..., 21] < 1  # their column, behind the joint angles
-    assert heads[:, 0].min() >= 1 and (heads[50:500, 1:] < 1).all() and (heads[550:, 2] < 1).all()
-    assert (heads[550:, 1] > 1.2).mean() > 0.05
-    restarts, within = (state[1:] != after[:-1]).any(-1), np.arange(999) != 499  # a round's last row
-    np.testing.assert_array_equal(restarts[within, 0], fallen[:-1][within, 0])
-    assert 40 < restarts[:, 0].sum() < 200 and not restarts[within, 1:].any()
-    returns = np.load(folder / "record/ret.npy").reshape(2, 3)
-    assert np.isnan(returns[:, :2]).all() and ((returns[:, 2] >= 0) & (returns[:, 2] < 10)).all()
-    assert all(f"sampled return {value:6.1f}" in printed for value in returns[:, 2])
-    with pytest.raises(UserError, match="are of --upright or --guided"):
-        sac(tmp_path, 500, "humanoid-walk", export=("mixed",))
-
-
-@pytest.mark.parametrize("means, chosen, note", [
-    # step: (mean of the sampled actions, of the mean action); the published mean is 439.6 +- 48.4
-    ({300: (440, 440), 400: (430, 350), 500: (445, 430)}, 300, ""),
-    ({300: (440, 340), 400: (430, 438), 500: (445, 200)}, 400, ""),  # the mean action counts
-    ({300: (410, 440), 400: (419, 419), 500: (480, 440)}, 400, ""),  # 300 is nearer, but 7 % off
-    ({400: (300, 300), 500: (700, 700)}, 400, ", NONE within 5 % of it"),
-])  # fmt: skip
-def test_export_takes_the_actor_nearest_to_the_published_set(tmp_path, monkeypatch, capsys, means, chosen, note):
-    """From five rounds of two environments with actors 100 to 500, whose rounds scored 100 to 500."""
-    out = tmp_path / "runs" / "walker-walk"
-    for folder in (out / "record", out / "actors"):
-        folder.mkdir(parents=True)
-    torch.save({"rounds": 5, "episodes": 10}, out / "checkpoint.pt")
-    record = np.repeat([100, 200, 300, 400, 500, 0], 2)  # the last row: not yet made
-    np.save(out / "record" / "updates.npy", record)
-    np.save(out / "record" / "ret.npy", record + np.tile([-5.0, 5], 6))
-    for step in range(100, 700, 100):  # 600: later than the checkpoint
-        np.savez(out / "actors" / f"{step:07d}.npz", updates=step)
-    monkeypatch.setattr(train_sac, "POLICIES", tmp_path / "policies")
-    asked = []
-
-    def returns_of(task, actor, sampled, episodes=50):
-        step = int(np.load(actor)["updates"])
-        asked.append(step)
-        return means[step][0 if sampled else 1] + np.array([-48.4, 48.4])  # the published deviation
-
-    monkeypatch.setattr(train_sac, "returns_of", returns_of)
-    sac(tmp_path / "runs", 500, export=("medium",), candidates=len(means))
-    assert asked[::2] == list(means)
-    assert int(np.load(tmp_path / "policies" / "walker-walk" / "medium.npz")["updates"]) == chosen
-    assert f"chose {chosen} updates (published mean 439.6{note})" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("sampled", [True, False])
-def test_returns_of_an_actor_are_those_of_its_episodes_one_by_one(sampled):
-    path, expected = POLICIES / "walker-walk" / "medium.npz", np.zeros(2)
-    env, policy = make_env("walker-walk", size=None), SACPolicy(path)
-    for i in range(2):
-        rng, (_, info) = np.random.default_rng([7, i]) if sampled else None, env.reset(i)
-        for _ in range(500):
-            _, reward, _, truncated, info = env.step(policy.act(info["state"], rng))
-            expected[i] += reward
-    assert truncated
-    np.testing.assert_allclose(train_sac.returns_of("walker-walk", path, sampled, 2), expected, rtol=1e-6)
