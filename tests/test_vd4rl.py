@@ -4,7 +4,6 @@ import contextlib
 import json
 import re
 import sys
-import tracemalloc
 import types
 from collections import defaultdict
 from pathlib import Path
@@ -14,12 +13,11 @@ import h5py
 import numpy as np
 import official
 import pytest
-import torch
 import vd4rl
 from conftest import run_python, synthetic_episode, write_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store import DatasetWriter, return_statistics, write_meta
+from store import DatasetWriter, write_meta
 from test_data import load
 
 from common import ARRAYS, Dataset, UserError
@@ -286,16 +284,6 @@ def test_an_unreadable_file_is_named_and_stops(tmp_path, layout):
         refused(other, tmp_path, "expected a folder with files of one kind")
 
 
-def test_a_set_is_never_held_in_memory(tmp_path):
-    episodes = [official_episode(20, seed, size=80) for seed in range(30)]  # 12 MB of frames
-    write_hdf5(tmp_path / "in", flat(episodes), [101, 300])
-    tracemalloc.start()
-    do_import(tmp_path / "in", tmp_path, **FLAGS)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 10 * episodes[0]["image"].nbytes
-
-
 def test_an_interrupted_import_continues(tmp_path, monkeypatch, capsys):
     write_npz(tmp_path / "in", episodes := [official_episode(5, seed) for seed in range(6)])
     add = DatasetWriter.add
@@ -311,24 +299,6 @@ def test_an_interrupted_import_continues(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.glob("sets/**/meta.json"))
     assert_holds(do_import(tmp_path / "in", tmp_path, **FLAGS), episodes)
     assert re.search("other than 500 transitions: (.*, ){4}.* and 1 more", capsys.readouterr().out)  # all six reported
-
-
-def enlarge(frame: np.ndarray) -> np.ndarray:
-    """(64, 64, 3) -> (84, 84, 3) uint8: torch's bicubic is OpenCV's."""
-    frame = torch.from_numpy(frame).permute(2, 0, 1)[None].double()
-    large = torch.nn.functional.interpolate(frame, size=84, mode="bicubic")[0].permute(1, 2, 0)
-    return large.round().clamp(0, 255).numpy().astype(np.uint8)
-
-
-def test_import_says_whether_84_px_seem_enlarged(tiny_set, tmp_path, capsys):
-    native = load(tiny_set)["image"][0].transpose(1, 2, 0)
-    for frame, verdict in ((native, "not enlarged that way"), (enlarge(native[:64, :64]), "it seems ENLARGED")):
-        episode = official_episode(2, size=84) | {"image": np.stack([frame] * 3)}
-        write_hdf5(tmp_path / verdict, flat([episode]))
-        do_import(tmp_path / verdict, tmp_path / "of" / verdict, **FLAGS)
-        level = float(re.search(r"([\d.]+) grey levels .*: " + verdict, capsys.readouterr().out)[1])
-        assert level > 3 if frame is native else 0.2 < level < 0.35  # rounding: 1 / sqrt(12) = 0.29
-    assert np.isnan(vd4rl.beyond_cubic(np.zeros((1, 84, 84, 3), np.uint8)))  # nothing to judge
 
 
 # ---- export ----
@@ -359,23 +329,6 @@ def test_export_and_import_give_the_same_bytes(tmp_path, monkeypatch, layout):
         with pytest.raises(error, match=message):
             vd4rl.export(source, out.with_name(folder), layout)
         assert not out.with_name("failed").exists()  # a folder under its own name is whole
-
-
-def test_export_writes_the_official_layouts(tmp_path):
-    source = write_set(tmp_path / "set", (4, 3), size=8, action_dim=3, terminal_last=True)
-    for layout in ("npz", "hdf5"):
-        vd4rl.export(source, tmp_path / layout, layout)
-    files = sorted((tmp_path / "npz").iterdir())
-    assert [re.fullmatch(r"\d{8}T\d{6}-[0-9a-f]{32}-(\d+)\.npz", file.name)[1] for file in files] == ["5", "4"]
-    with np.load(files[1]) as npz, h5py.File(tmp_path / "hdf5" / "0000.hdf5") as hdf5:
-        kinds = [{name: (array.dtype.name, array.shape[1:]) for name, array in file.items()} for file in (npz, hdf5)]
-        assert npz["is_first"].tolist() == [True, False, False, False]
-        assert npz["is_last"].tolist() == npz["is_terminal"].tolist() == [False, False, False, True]
-        assert hdf5["step_type"][:].tolist() == [0, 1, 1, 1, 2, 0, 1, 1, 2]
-    both = {"action": ("float32", (3,)), "reward": ("float64", ()), "discount": ("float64", ())}
-    flags = dict.fromkeys(("is_first", "is_last", "is_terminal"), ("bool", ()))
-    assert kinds == [both | flags | {"image": ("uint8", (8, 8, 3))},
-                     both | {"step_type": ("float64", ()), "observation": ("uint8", (3, 8, 8))}]  # fmt: skip
 
 
 # ---- check ----
@@ -423,17 +376,6 @@ def test_check_finds_what_changed_after_it_was_written(tmp_path):
         file.write_bytes(flipped)
         assert f"{file}: another sha256 than in meta.json; it changed after it was written" in vd4rl.findings(path)
         file.write_bytes(content)
-    meta = json.loads((path / "meta.json").read_text())
-    for key, wrong, finding in (
-        ("transitions", 14, "/meta.json: transitions are not the rows less the episodes"),
-        ("episode_returns", [1.0, 2.0], "/meta.json: episode_returns are not the sums of reward.npy"),
-        ("returns", return_statistics(np.zeros(2)), "/meta.json: returns are not those of the arrays"),
-        ("size", 9, " is no whole set"),
-    ):
-        for changed in (meta | {key: wrong}, {name: fact for name, fact in meta.items() if name != key}):
-            (path / "meta.json").write_text(json.dumps(changed))
-            (found,) = vd4rl.findings(path)
-            assert found.startswith(f"{path}{finding}")
 
 
 def test_the_check_command_on_a_medexp(tmp_path, capsys):
@@ -453,29 +395,15 @@ def test_the_check_command_on_a_medexp(tmp_path, capsys):
 # ---- download ----
 
 
-def test_download(tmp_path, capsys, monkeypatch):
-    """From a huggingface_hub that writes two files where the mirror's pattern puts them, fails, and writes none."""
+def test_a_download_is_imported_as_its_folder_says(tmp_path, monkeypatch):
+    """From a huggingface_hub that writes two files where the mirror's pattern puts them."""
 
     def snapshot_download(repo_id, *, repo_type, allow_patterns, local_dir):
-        calls.append((repo_id, repo_type, allow_patterns))
-        if len(calls) == 2:
-            raise ConnectionError("no route\nto host")
-        if len(calls) == 1:
-            write_npz(Path(local_dir) / Path(allow_patterns[0]).parent, [official_episode(3, seed) for seed in (0, 1)])
+        write_npz(Path(local_dir) / Path(allow_patterns[0]).parent, [official_episode(3, seed) for seed in (0, 1)])
 
-    calls, hub = [], types.SimpleNamespace(snapshot_download=snapshot_download)
+    hub = types.SimpleNamespace(snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    inside = "vd4rl/main/cheetah_run/medium_replay/64px"
     vd4rl.main(["download", "cheetah-run", "mixed", "--out", str(tmp_path)])
-    assert calls == [("conglu/vd4rl", "dataset", [f"{inside}/*.npz"])]
-    printed = capsys.readouterr().out
-    assert "2 of 400 published episodes" in printed and vd4rl.DRIVE in vd4rl.download.__doc__
-    assert printed.endswith(f"python data/vd4rl.py import {tmp_path / inside}\n")
-    vd4rl.main(["import", str(tmp_path / inside), "--data-dir", str(tmp_path / "sets")])
+    folder = tmp_path / "vd4rl/main/cheetah_run/medium_replay/64px"
+    vd4rl.main(["import", str(folder), "--data-dir", str(tmp_path / "sets")])
     assert Dataset(tmp_path / "sets/vd4rl/cheetah-run/mixed-6px").num_transitions == 6
-    for module, message in ((hub, "ConnectionError: no route to host; the same command continues"),
-                            (hub, "nothing under vd4rl/main/walker_walk/medium/64px; all there is: https://drive"),
-                            (None, "pip install huggingface_hub")):  # fmt: skip
-        monkeypatch.setitem(sys.modules, "huggingface_hub", module)
-        with pytest.raises(UserError, match=message):
-            vd4rl.download("walker-walk", "medium", tmp_path)
