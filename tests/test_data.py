@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import collect
@@ -124,9 +123,9 @@ def test_samples_are_uniform(tmp_path):
 # ---- writing ----
 
 
-def two_episodes(action_dim: int = 2) -> list[tuple]:
+def two_episodes() -> list[tuple]:
     rng = np.random.default_rng(3)
-    return [synthetic_episode(row, length, 8, action_dim, rng) for row, length in ((0, 6), (7, 4))]
+    return [synthetic_episode(row, length, 8, 2, rng) for row, length in ((0, 6), (7, 4))]
 
 
 @pytest.fixture
@@ -157,7 +156,9 @@ def test_round_trip(tmp_path):
     assert counts.items() <= meta.items() and meta["mujoco"] == "1.2.3" and meta["sha256"] == digests(path)
     returns = [rewards.sum() for _, _, rewards in episodes]
     np.testing.assert_allclose(meta["episode_returns"], returns, atol=2e-3)
-    np.testing.assert_allclose(meta["returns"]["mean"], np.mean(returns), atol=0.01)
+    assert meta["returns"]["mean"] == pytest.approx(np.mean(returns), abs=0.01)
+    quartiles = [meta["returns"][name] for name in ("min", "p25", "median", "p75", "max")]
+    np.testing.assert_allclose(quartiles, np.quantile(returns, [0, 0.25, 0.5, 0.75, 1]), atol=0.01)
     assert {file.name for file in path.iterdir()} == {*(f"{name}.npy" for name in ARRAYS), "meta.json", ".lock"}
     dataset = Dataset(path)
     assert (dataset.num_transitions, dataset.num_episodes, dataset.action_dim, dataset.size) == (10, 2, 2, 8)
@@ -203,13 +204,6 @@ def test_a_bad_episode_is_refused_and_nothing_of_it_written(tmp_path, wanted):
     assert digests(path) == wanted
 
 
-@pytest.mark.parametrize("size, action_dim", [(0, 2), (8, 0), (-8, 2), (8.5, 2), ("8", 2)])
-def test_sizes_that_no_set_can_have(tmp_path, size, action_dim):
-    with pytest.raises(UserError, match="must be whole numbers, 1 or more"):
-        DatasetWriter(tmp_path / "set", size, action_dim)
-    assert not (tmp_path / "set").exists()
-
-
 @pytest.mark.parametrize("written", [0, 1, 2])
 def test_a_killed_writer_continues_with_its_next_episode(tmp_path, wanted, written):
     path, episodes = tmp_path / "set", two_episodes()
@@ -230,11 +224,6 @@ def test_a_killed_writer_continues_with_its_next_episode(tmp_path, wanted, writt
         for episode in episodes[writer.episodes :]:
             writer.add(*episode)
     assert digests(path) == wanted
-    os.truncate(path / "image.npy", 300)
-    (path / "meta.json").unlink()
-    (path / "progress.json").write_text(json.dumps({"meta": writer.meta, "boundaries": [0, 7]}))
-    with pytest.raises(UserError, match="image.npy is shorter than progress.json says"), DatasetWriter(path, 8, 2):
-        pass
 
 
 @pytest.mark.parametrize("function", ["write_header", "write_meta", "sha256"])
@@ -255,14 +244,11 @@ def test_a_writer_killed_while_it_finishes_finishes_later(tmp_path, wanted, monk
 
 
 def test_another_recipe_starts_anew(tmp_path, wanted):
-    path, second = tmp_path / "set", two_episodes()[1]
-    recipes = [{"recipe": {"seed": seed}} for seed in (0, 1, 0)]
-    for flags in (recipes[0], {"action_dim": 3}, *recipes):
-        with contextlib.suppress(InterruptedError), DatasetWriter(path, 8, **{"action_dim": 2} | flags) as writer:
+    path, (first, second) = tmp_path / "set", two_episodes()
+    for seed in (0, 1, 0):
+        with contextlib.suppress(InterruptedError), DatasetWriter(path, 8, 2, recipe={"seed": seed}) as writer:
             assert writer.episodes == 0  # also the first recipe's: another may have written over it
-            if flags == recipes[1]:
-                raise InterruptedError  # half an episode leaves no count behind
-            writer.add(*two_episodes(action_dim=writer.meta["action_dim"])[0])
+            writer.add(*first)
             raise InterruptedError
     with DatasetWriter(path, 8, 2, recipe={"seed": 0}) as writer:
         assert writer.episodes == 1
@@ -385,21 +371,6 @@ def test_a_bad_value_is_named_by_its_row(tmp_path, name, value):
     with pytest.raises(UserError, match=f"set: row 9 is not finite or out of range: .*{name} ") as error:
         TransitionBuffer(Dataset(path), 4)
     assert "\n" not in str(error.value)
-
-
-def test_a_large_set_opens_at_once_and_stays_on_the_disk(tmp_path):
-    """236 GB, in a sparse file that takes no disk."""
-    path, size, rows = write_set(tmp_path / "set", lengths=(3,)), 512, 300_000
-    shapes = {"image": (rows, 3, size, size), "action": (rows, 2), "reward": (rows,), "discount": (rows,)}
-    for name, shape in shapes.items():
-        np.lib.format.open_memmap(path / f"{name}.npy", "w+", store.ARRAYS[name], shape)
-    np.save(path / "episode.npy", [0])
-    meta(size=size)(path)
-    start = time.process_time()  # CPU time: other processes do not count
-    dataset = Dataset(path)
-    assert time.process_time() - start < 0.1 and dataset.num_transitions == rows - 1
-    buffer = TransitionBuffer(dataset, 4)
-    assert buffer.images[0].data_ptr() == dataset.images[0].ctypes.data and buffer.sample().obs.sum() == 0
 
 
 def test_a_set_that_is_made_on_the_spot_and_one_that_is_not_there(tiny_set):
