@@ -141,27 +141,6 @@ def test_mistakes(benchmark, words):
         benchmark("--dry-run", *words.split())
 
 
-def test_files_that_are_no_algorithm(repo, benchmark):
-    """They leave the rest of the table as it is; asked for by name they are an error."""
-    (repo / "algos" / "broken.py").write_text("import nothing_of_this_name\n")
-    (repo / "algos" / "helper.py").write_text("def half(x):\n    return x / 2\n")
-    _, lines = benchmark("--dry-run", "--tasks", "walker-walk", "--datasets", "random", "--seeds", 1)
-    assert lines[0].startswith("# left out: algos/broken.py cannot be imported (ModuleNotFoundError")
-    assert lines[1] == "# left out: algos/helper.py is no algorithm: it has no Args, TUNED, QUICK, SIZE"
-    assert len([line for line in lines if line.startswith("python algos/bc.py")]) == 1
-    with pytest.raises(UserError, match="algos/helper.py is no algorithm"):
-        benchmark("--algos", "helper")
-
-
-def test_a_set_of_ones_own_is_one_row_however_it_is_written(benchmark, own, monkeypatch):
-    monkeypatch.chdir(own.parent)
-    monkeypatch.setenv("HOME", str(own.parent))
-    words = ["--algos", "bc", "--seeds", 1, "--runs-dir", "~/x"]
-    _, lines = benchmark("--dry-run", *words, "--datasets", f"{own},{own}/,own,~/own")
-    assert lines[0] == f"python algos/bc.py --task own --dataset {own} --seed 0 --runs-dir {own.parent / 'x'}"
-    assert lines[1:] == ["# 1 runs: 1 to do; 0 sets to make"]
-
-
 def test_where_a_run_stands(benchmark, own, tmp_path):
     """Finished is what has the same flags and data; the folder is as a run by hand leaves it."""
     bc, run = run_all.load("bc"), tmp_path / "runs" / "bc" / "own" / "own" / "seed0"
@@ -224,18 +203,14 @@ def test_sets_are_made_failures_named_and_the_rest_goes_on(repo, benchmark, monk
     assert benchmark(*words)[1][0] == "# 4 runs: 1 to do, 1 finished, 2 impossible; 0 sets to make"
 
 
-def test_sets_that_fail_and_sets_that_are_interrupted(benchmark, monkeypatch, tmp_path):
-    script, words = tmp_path / "make.py", ["--algos", "bc", "--datasets", "random,medium", "--seeds", 1]
-    monkeypatch.setattr(common, "standard_set", lambda args, _: (tmp_path / "none", [str(script), args.dataset]))
+def test_a_set_that_cannot_be_made(benchmark, monkeypatch, tmp_path):
+    script = tmp_path / "make.py"
     script.write_text("raise SystemExit(3)")
-    status, lines = benchmark(*words, "--tasks", "walker-walk", "--runs-dir", tmp_path / "runs")
+    monkeypatch.setattr(common, "standard_set", lambda args, _: (tmp_path / "none", [str(script), args.dataset]))
+    words = ["--algos", "bc", "--tasks", "walker-walk", "--datasets", "random,medium", "--seeds", 1]
+    status, lines = benchmark(*words, "--runs-dir", tmp_path / "runs")
     assert status == 1 and lines[-1] == "2 runs: 2 failed"
     assert sum(line.endswith(": its set could not be made, see above") for line in lines) == 2
-    script.write_text(f"import time\nopen({str(tmp_path / 'begun')!r}, 'w')\ntime.sleep(60)")
-    interrupt_when((tmp_path / "begun").exists)
-    status, lines = benchmark(*words, "--runs-dir", tmp_path / "others")
-    assert status == 130 and "\n".join(lines).count("making a set") == 1
-    assert lines[-1] == "6 runs: 6 to do" and not (tmp_path / "others").exists()
 
 
 def rows(run: Path) -> int:
@@ -257,23 +232,6 @@ def test_stopping_leaves_checkpoints_and_the_next_call_continues(benchmark, own,
         logs = [Path(f"{run}.log").read_text() for run in runs[:2]]
         assert all("with a checkpoint" in log and ("continuing" in log) == (before != [0, 0]) for log in logs)
         before = [rows(run) for run in runs[:2]]
-
-
-def test_signals(repo):
-    """The first asks, repeated SIGTERMs do nothing, Ctrl-C then kills. What nohup ignores stays ignored."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    processes = run_all.Processes()
-    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    program = "import signal, time\nsignal.signal(15, lambda *_: print('asked', flush=True))\nprint('here', flush=True)"
-    words = ["-c", f"{program}\nwhile True: time.sleep(1)"]
-    process = processes.start(words, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "here\n"
-    for _ in range(3):
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert process.stdout.readline() == "asked\n" and process.poll() is None
-    os.kill(os.getpid(), signal.SIGINT)
-    assert process.wait(20) == -signal.SIGKILL and process.stdout.read() == ""
-    assert processes.signal == signal.SIGTERM and processes.start(words).wait(20) != 0  # a late one is asked at once
 
 
 def test_two_equal_ones_at_once(repo, own, tmp_path):
