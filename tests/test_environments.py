@@ -204,14 +204,6 @@ def processes_of(pool: EnvPool) -> list[multiprocessing.Process]:
     return [process for worker in pool.workers for process in worker._processes.values()]
 
 
-def test_a_workers_exception_is_raised_here_with_its_traceback():
-    with worker_pool("walker-walk", None, 2, workers=2) as pool:
-        pool.reset([0, 1])
-        with pytest.raises(ValueError, match="broadcast") as error:
-            pool.step(np.zeros((2, 5)))  # walker has 6 joints
-        assert "in step" in str(error.value.__cause__)
-
-
 @pytest.mark.parametrize("moment", ["idle", "busy"])
 def test_a_killed_worker_is_named(moment):
     with worker_pool("walker-walk", None, 2, workers=2) as pool:
@@ -244,8 +236,7 @@ def running(pid: int) -> bool:
 
 
 def test_workers_end_with_their_parent_and_import_its_common(tmp_path):
-    """However it ends: the first is killed, the second says nothing at exit. The current folder holds another
-    common.py; functions of the script itself may be called."""
+    """Though the parent is killed, and the current folder holds another common.py."""
     (tmp_path / "common.py").write_text("raise SystemExit('the wrong one')")
     script = tmp_path / "elsewhere" / "script.py"
     script.parent.mkdir()
@@ -254,28 +245,19 @@ import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from common import EnvPool
 
-def twice(env, number):
-    return 2 * number
-
 if __name__ == "__main__":
     pool = EnvPool("cheetah-run", 16, 2, workers=2)
-    pids = [pid for worker in pool.workers for pid in worker._processes]
-    print(pids, pool.call(twice, [(1,), (2,)]), flush=True)
     pool.reset([0, 1])
-    time.sleep(100 * (len(sys.argv) > 1))
+    print([pid for worker in pool.workers for pid in worker._processes], flush=True)
+    time.sleep(100)
 """)
     env = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONPATH"}
     command = [sys.executable, script]
-    with subprocess.Popen([*command, "wait"], cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE) as parent:
-        line = parent.stdout.readline().strip()
-        assert line.endswith("] [2, 4]"), line
-        workers = json.loads(line.removesuffix(" [2, 4]"))
+    with subprocess.Popen(command, cwd=tmp_path, env=env, text=True, stdout=subprocess.PIPE) as parent:
+        workers = json.loads(parent.stdout.readline())
         assert len(workers) == 2 and all(map(running, workers))
         parent.kill()
-    done = subprocess.run(command, cwd=tmp_path, env=env, text=True, capture_output=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
-    workers += json.loads(done.stdout.strip().removesuffix(" [2, 4]"))
     deadline = time.monotonic() + 20
     while any(map(running, workers)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert len(workers) == 4 and not any(map(running, workers))
+    assert not any(map(running, workers))
