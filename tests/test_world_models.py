@@ -272,35 +272,19 @@ def tool(monkeypatch):
 
 
 @EACH
-def test_films_and_errors_of_a_run(algo, tool, tmp_path, capsys):
-    error, run = worlds.train(algo, tmp_path, "a", crash=6)
-    assert isinstance(error, KeyboardInterrupt)
-    agent, *_ = tool.load_agent(tool.Args(str(run)))  # of one that is under way: its checkpoint
-    saved = torch.load(run / "checkpoint.pt", weights_only=True)["objects"]["agent"]
-    assert all(torch.equal(value, saved[name]) for name, value in agent.named_parameters())
-    assert worlds.train(algo, tmp_path, "a")[0] is None
+def test_films_and_errors_of_a_run(algo, tool, tmp_path):
+    error, run = worlds.train(algo, tmp_path, "a")
+    assert error is None
     out = tmp_path / "films"
     tool.main(tool.Args(str(run), out=str(out), batch=4, windows=2, context=2, episodes=1, horizon=3))
     report, last = json.loads((out / "report.json").read_text()), worlds.rows_of(run, "eval")[-1]
-    assert report["trained_on"] is True and "which the model was trained on" in capsys.readouterr().out
+    assert report["trained_on"] is True
     for part in ("filtered", "open_loop"):
         assert report["errors"][part].keys() == {"image_rmse_255", "reward_rmse", "reward_r2"}
         assert 0 < report["errors"][part]["image_rmse_255"] < 255
     assert report["return"]["real"]["mean"] == pytest.approx(last["return_0"])  # that of the last evaluation
     assert report["penalty_random_policy"]["mean"] > 0 and "imagined" in report["reward_over_3_steps"]
-    import imageio.v2 as imageio
-
-    for name in ("reconstruction", "open_loop"):
-        with imageio.get_reader(out / f"{name}.mp4") as video:
-            assert video.count_frames() == 5 and video.get_data(0).shape == (2 * 3 * 64, 2 * 2 * 64, 3)
-    assert imageio.imread(out / "open_loop.png").shape == (3 * 64, 8 * 64, 3)
-    for flags, message in (
-        ({"run": f"{tmp_path}/nothing"}, "nothing/config.json is missing"),
-        ({"dataset": f"{write_set(tmp_path / 'small', size=21)}"}, "21 px"),
-        ({"context": 5}, "--context 5: must be less than the run's --window 5"),
-    ):
-        with pytest.raises(UserError, match=message):
-            tool.main(tool.Args(**({"run": str(run), "episodes": 0} | flags)))
+    assert {path.name for path in out.iterdir()} >= {"reconstruction.mp4", "open_loop.mp4", "open_loop.png"}
     config = json.loads((run / "config.json").read_text()) | {"script": "0" * 12}
     (run / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"algos/{algo}.py has changed"):
