@@ -43,15 +43,6 @@ def make_batch(size=21, action_dim=2, count=4, seed=0) -> common.Batch:
 
 
 @EACH
-@pytest.mark.parametrize("size, embed_dim", [(64, 20_000), (15, 32)])  # 84: as released
-def test_sizes_follow_from_the_image(module, size, embed_dim):
-    encoder = module.Encoder(9, size)
-    assert encoder(torch.empty(2, 9, size, size)).shape == (2, encoder.embed_dim) == (2, embed_dim)
-    with pytest.raises(common.UserError, match="14 px"):
-        module.Encoder(9, 14)
-
-
-@EACH
 def test_defaults_are_the_papers(module):
     expected = {"lr": 1e-4, "batch_size": 256, "feature_dim": 50, "hidden_dim": 1024, "noise_clip": 0.3}
     expected |= {} if module is bc else {"nstep": 3, "gamma": 0.99, "tau": 0.01}
@@ -150,17 +141,6 @@ def test_bc_deterministic_clones_the_mean_and_values_the_noisy_action():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_lam_has_a_floor_where_q_is_zero():
-    agent, batch = make_agent(drq_bc), make_batch()
-    for q in (agent.critic.q1, agent.critic.q2):
-        nn.init.zeros_(q[-1].weight)
-    embed = agent.encoder(drq_bc.scale_pixels(batch.obs)).detach()
-    loss, metrics = agent.actor_loss(embed, batch, HALF)
-    assert loss.item() == pytest.approx(metrics["actor/bc_loss"].item())
-    loss.backward()
-    assert all(torch.isfinite(parameter.grad).all() for parameter in agent.actor.parameters())
-
-
 @pytest.mark.parametrize("importance", [False, True])
 def test_cql_with_uniform_actions_alone(importance):
     """Paper's text. log sum exp of Q(z, a_k), each less the log of the density 1 / 4 where it is divided out."""
@@ -199,17 +179,6 @@ def test_the_target_begins_as_a_copy_and_no_gradient_is_left_over(module):
     agent.minimize("actor", agent.actor_loss(embed, batch, HALF)[0])  # adds nothing to the critics'
     assert not embed.requires_grad
     assert all(torch.equal(parameter.grad, gradient) for parameter, gradient in zip(critics, expected))
-
-
-@EACH
-def test_minimize_reaches_every_group_of_an_optimiser(module):
-    """A learning rate of its own for one layer is a common change to a copied file."""
-    agent = make_agent(module)
-    first, *rest = agent.actor.parameters()
-    agent.optimizers["actor"] = torch.optim.Adam([{"params": [first], "lr": 1e-5}, {"params": rest}], 1e-3)
-    before = [parameter.detach().clone() for parameter in agent.actor.parameters()]
-    agent.update(make_batch(), HALF)
-    assert not any(torch.equal(now, then) for now, then in zip(agent.actor.parameters(), before))
 
 
 def some_updates(module, **flags) -> tuple[nn.Module, list[dict]]:
