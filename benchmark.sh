@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The whole table: every algorithm x task x set x seed, on this machine or as a Slurm array. `./benchmark.sh --help`
 # lists the flags, benchmarks/run_all.py is the program.
-command -v python > /dev/null || { echo "error: no python here; activate the environment of the README" >&2; exit 1; }
+python -c "import filelock, tyro" 2> /dev/null ||
+  { echo "error: no python with the packages of requirements.txt; activate the README's environment" >&2; exit 1; }
 exec python "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/benchmarks/run_all.py" "$@"

@@ -14,6 +14,7 @@ import contextlib
 import csv
 import ctypes
 import dataclasses
+import difflib
 import hashlib
 import importlib
 import importlib.metadata
@@ -142,7 +143,9 @@ class Env:
                 self.renderer = mujoco.Renderer(simulator.model, size, size)
                 atexit.register(self.renderer.close)  # before GL ends; not earlier: it may free another one's objects
             except Exception as error:  # whatever a GL library raises
-                raise UserError(f"MUJOCO_GL={gl} cannot render here ({error}). {GL_HELP}") from None
+                names = ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "PYOPENGL_PLATFORM")
+                known = ", ".join(f"{name}={os.environ[name]}" for name in names if os.environ.get(name))
+                raise UserError(f"{gl} cannot render here ({error}). Set: {known or 'nothing'}. {GL_HELP}") from None
 
     def reset(self, seed: int) -> tuple[np.ndarray, dict]:
         """Starts the episode that the seed names, whatever was before. Returns obs and info {"state": (D,) float32}."""
@@ -182,7 +185,9 @@ def make_env(task: str, size: int | None = 84, frame_stack: int = 3, render: str
             how = "manipulation.py beside common.py, and pip install -r requirements-manipulation.txt"
         raise UserError(f"--task {task} needs {error.name}: {how}") from None
     except KeyError as error:
-        raise UserError(f"--task {task}: no such task. There are: {error.args[0]}") from None
+        guess = difflib.get_close_matches(task, error.args[0].split(", "), 1)
+        meant = f" (meant {guess[0]}?)" if guess else ""
+        raise UserError(f"--task {task}: no such task{meant}. There are: {error.args[0]}") from None
     return Env(simulator, size, frame_stack, render)
 
 
@@ -280,7 +285,7 @@ class EnvPool:
 
 STANDARD_SETS = ("random", "mixed", "medium", "medexp", "expert")  # V-D4RL's
 NAMED_SETS = (*STANDARD_SETS, "demos", "partial")  # and those of manipulation tasks
-META = ("task", "source", "size", "render", "mujoco", "action_dim")  # what meta.json says, also attributes of Dataset
+META = {"task": str, "source": str, "size": int, "render": str, "mujoco": str | None, "action_dim": int}  # of meta.json
 ARRAYS = {"image": np.uint8, "action": np.float32, "reward": np.float32, "discount": np.float32, "episode": np.int64}
 
 
@@ -294,7 +299,10 @@ class Dataset:
         self.path = Path(path)
         try:
             self.meta = json.loads((self.path / "meta.json").read_text())
-            vars(self).update({name: self.meta[name] for name in META})
+            for name, kind in META.items():
+                setattr(self, name, self.meta[name])
+                if not isinstance(self.meta[name], kind):
+                    raise ValueError(f"meta.json: {name} {self.meta[name]!r}")
             files = sorted(file.stem for file in self.path.glob("image*.npy"))
             self.images = [self.array(name, 3, self.size, self.size) for name in files]
             self.action, self.reward = self.array("action", self.action_dim), self.array("reward")
@@ -525,6 +533,10 @@ Share = Annotated[float, (0, 1)]
 FREE_FLAGS = {"data_dir", "runs_dir", "log_every", "buffer_device", "overwrite", "evaluate"}  # may differ on resume
 EVAL_SEED = 1_000_000  # evaluation episode i starts from seed EVAL_SEED + i, in every run and at every step
 CHECKPOINT_SECONDS = 300.0
+sys.stdout = sys.stdout or open(os.devnull, "w")  # None: whoever started this process closed it
+sys.stderr = sys.stderr or open(os.devnull, "w")
+with contextlib.suppress(AttributeError):  # a notebook's stdout has no such method
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what the terminal's encoding does not
 BAR_SECONDS = 1 if sys.stderr.isatty() else 30  # between lines of a progress bar
 
 
@@ -579,7 +591,8 @@ def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
         kept = read(f"{first.evaluate}/config.json")["args"]
         merged = {name: kept[name] for name in kept if hasattr(first, name)}
         merged |= {"device": "auto", "precision": "auto", "buffer_device": "auto", "eval_every": None}
-    args = tyro.cli(args_class, args=argv, default=dataclasses.replace(args_class(), **merged), config=config)
+    default, text = dataclasses.replace(args_class(), **merged), sys.modules[args_class.__module__].__doc__
+    args = tyro.cli(args_class, args=argv, default=default, config=config, description=text)
     check_ranges(args)
     args.eval_every = None if first.evaluate else args.eval_every
     if not re.fullmatch(r"([\w-][\w.-]*)?", args.tag):
@@ -718,6 +731,9 @@ class Run:
         late = time.monotonic() - self.saved > CHECKPOINT_SECONDS
         self.checkpoint_due = self.eval_due or late or bool(self.stop_signal)
         self.log_due = self.checkpoint_due or step % self.args.log_every == 0
+        self.updated = time.time()
+        if self.eval_due and self.args.eval_every != 0:
+            self.bar.set_description("evaluating")
 
     def log(self, part: str, step: int, metrics: dict) -> None:
         """Appends a row to <part>.csv; a list spreads over numbered columns. Raises UserError that names metrics which
@@ -732,6 +748,9 @@ class Run:
         with open(self.path / f"{part}.csv", "a", newline="") as file:
             csv.writer(file).writerows([row, row.values()] if file.tell() == 0 else [row.values()])
         if part == "eval":
+            paused = time.time() - self.updated  # the bar's updates per second leave evaluations out
+            self.bar.start_t, self.bar.last_print_t = self.bar.start_t + paused, self.bar.last_print_t + paused
+            self.bar.set_description(None, refresh=False)
             success = f", success {row['success']:.0f} %" if "success" in row else ""
             self.bar.write(f"step {step}: score {row['score']:.1f}{success}")
         else:

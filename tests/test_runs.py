@@ -429,9 +429,11 @@ def test_steps_may_grow_while_the_run_is_unfinished(train, capsys):
 
 def test_overwrite_starts_anew(train):
     assert train("bc") is None
+    (train.folder("bc") / "open-loop.mp4").touch()
     assert train("bc", "--steps", 8, "--lr", "0.01", "--overwrite") is None
     assert steps_of(train.folder("bc")) == list(range(1, 9))
     assert read_config(train.folder("bc"))["args"]["lr"] == 0.01
+    assert not (train.folder("bc") / "open-loop.mp4").exists()
 
 
 def test_a_folder_in_use_is_refused(train, capsys):
