@@ -185,7 +185,7 @@ def make_env(task: str, size: int | None = 84, frame_stack: int = 3, render: str
             how = "manipulation.py beside common.py, and pip install -r requirements-manipulation.txt"
         raise UserError(f"--task {task} needs {error.name}: {how}") from None
     except KeyError as error:
-        guess = difflib.get_close_matches(task, error.args[0].split(", "), 1)
+        guess = difflib.get_close_matches(task, error.args[0].split(", "), 1, 0.8)
         meant = f" (meant {guess[0]}?)" if guess else ""
         raise UserError(f"--task {task}: no such task{meant}. There are: {error.args[0]}") from None
     return Env(simulator, size, frame_stack, render)
@@ -533,8 +533,9 @@ Share = Annotated[float, (0, 1)]
 FREE_FLAGS = {"data_dir", "runs_dir", "log_every", "buffer_device", "overwrite", "evaluate"}  # may differ on resume
 EVAL_SEED = 1_000_000  # evaluation episode i starts from seed EVAL_SEED + i, in every run and at every step
 CHECKPOINT_SECONDS = 300.0
-sys.stdout = sys.stdout or open(os.devnull, "w")  # None: whoever started this process closed it
-sys.stderr = sys.stderr or open(os.devnull, "w")
+for name in ("stdout", "stderr"):
+    if getattr(sys, name) is None:  # whoever started this process closed it
+        setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 with contextlib.suppress(AttributeError):  # a notebook's stdout has no such method
     sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold what the terminal's encoding does not
 BAR_SECONDS = 1 if sys.stderr.isatty() else 30  # between lines of a progress bar

@@ -141,6 +141,8 @@ def test_unknown_task_lists_the_known_ones():
         with pytest.raises(UserError, match="--task walker-fly: no such task. There are: .*cheetah-run") as error:
             make()
         assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="no such task .meant walker-walk"):
+        make_env("walker_walk", size=None)
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="macOS renders by itself")
