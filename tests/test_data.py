@@ -335,7 +335,7 @@ DAMAGED = {  # name -> (change of a set of 14 rows, 12 px, 2 actions; what the e
     "no task": (meta(task=...), "meta.json has no 'task'"),
     "no hashes": (meta(sha256=...), "meta.json has no 'sha256'"),
     "another size": (meta(size=9), r"image.npy: \(14, 3, 12, 12\) uint8, expected \('n', 3, 9, 9\)"),
-    "size as text": (meta(size="12"), "image.npy"),
+    "size as text": (meta(size="12"), "meta.json: size '12'"),
     "other counts": (meta(transitions=99, rows=5, episodes=7), None),  # those of the arrays count
     "a byte less": (lambda path: os.truncate(path / "image.npy", (path / "image.npy").stat().st_size - 1), ""),
     "half a header": (lambda path: os.truncate(path / "action.npy", 60), ""),
