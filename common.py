@@ -141,7 +141,7 @@ class Env:
             try:
                 mujoco.gl_context.GLContext = importlib.import_module(f"mujoco.{gl}").GLContext
                 self.renderer = mujoco.Renderer(simulator.model, size, size)
-                atexit.register(self.renderer.close)  # before GL ends; not earlier: it may free another one's objects
+                atexit.register(self.renderer.close)  # while GL lives; sooner it can free objects of another renderer
             except Exception as error:  # whatever a GL library raises
                 names = ("MUJOCO_GL", "MUJOCO_EGL_DEVICE_ID", "PYOPENGL_PLATFORM")
                 known = ", ".join(f"{name}={os.environ[name]}" for name in names if os.environ.get(name))
@@ -195,9 +195,8 @@ ENVS = []  # those of a worker process
 
 
 def begin_worker(gl: str) -> None:
-    """First in a new worker. Signals to a group or a job are for the parent to handle; the worker ends when it does."""
+    """First in a new worker, which leaves Ctrl-C to its parent and ends with it, however it ends."""
     os.setsid()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     os.environ["MUJOCO_GL"] = gl
     wait = multiprocessing.parent_process().join
     threading.Thread(target=lambda: (wait(), os._exit(0)), daemon=True).start()
@@ -213,9 +212,9 @@ class EnvPool:
     """`count` environments spread over worker processes, stepped together.
 
     Workers are forked from a server that has imported this file and dm_control once. They touch no CUDA, render with
-    one thread each (two workers then scale by 2.0) and end with their parent, however it ends. An exception in a worker
-    is raised here. After reset() and step(): obs (count, ...); infos; done (count,) bool, a finished episode gets
-    reward 0 and keeps its obs; success (count,) bool, whether the task was solved at some step. spec: see Env."""
+    one thread each, and end with their parent, however it ends. An exception in a worker is raised here. After reset()
+    and step(): obs (count, ...); infos; done (count,) bool, a finished episode gets reward 0 and keeps its obs; success
+    (count,) bool, whether the task was solved at some step. spec: see Env."""
 
     def __init__(self, task, size, count, frame_stack=3, render="fast", workers=None):
         self.count, self.parts = count, np.array_split(np.arange(count), min(count, workers or cores()))
@@ -226,10 +225,12 @@ class EnvPool:
         # the server imports this common.py, whatever the current folder holds, and starts no GL: each worker does
         path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
         variables = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "MUJOCO_GL": "off"}
-        handler = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # in server and workers: schedulers send it to them too
-        with mock.patch.dict(os.environ, variables | {"LP_NUM_THREADS": "0", "OMP_NUM_THREADS": "1"}):
-            self.spec = self.call(operator.attrgetter("spec"), [()] * count)[0]  # makes them: mistakes show at once
-        signal.signal(signal.SIGTERM, handler)
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # server and workers inherit it: schedulers send
+        try:  # SIGTERM to every process of a job, and it is for the parent to handle
+            with mock.patch.dict(os.environ, variables | {"LP_NUM_THREADS": "0", "OMP_NUM_THREADS": "1"}):
+                self.spec = self.call(operator.attrgetter("spec"), [()] * count)[0]  # makes them: mistakes show at once
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
     def call(self, function, arguments: list) -> list:
         """function(env, *arguments[i]) in every environment i whose arguments are not None; results in order."""
@@ -243,6 +244,10 @@ class EnvPool:
             raise UserError("an environment worker died (killed, or out of memory)") from None
         except Exception:
             self.close()
+            raise
+        except KeyboardInterrupt:  # a worker that hangs would hold up the end
+            for process in multiprocessing.active_children():
+                process.kill()
             raise
 
     def reset(self, seeds) -> np.ndarray:
@@ -280,8 +285,8 @@ class EnvPool:
 # episode.npy (E,) int64, the first row of each episode, and meta.json, written last: without it there is no set.
 # Arrival rows: row t holds image t and the action, reward and discount that LED TO it; an episode's row 0 holds
 # zeros. So a transition is (image[t], action[t+1], reward[t+1], discount[t+1], image[t+1]), and an episode of T
-# steps has T+1 rows. discount is 0 after a terminal step, else 1 (a time limit is no terminal). Frames may be spread
-# over image-0.npy, image-1.npy ...: those of medexp are links to those of medium and expert, and take no space.
+# steps has T+1 rows. discount is 0 after a terminal step, else 1 (a time limit is no terminal). In place of image.npy
+# medexp has image-0.npy and image-1.npy, links to the frames of medium and expert, which take no space.
 
 STANDARD_SETS = ("random", "mixed", "medium", "medexp", "expert")  # V-D4RL's
 NAMED_SETS = (*STANDARD_SETS, "demos", "partial")  # and those of manipulation tasks
@@ -316,7 +321,8 @@ class Dataset:
             digests = json.dumps([self.meta["sha256"]], sort_keys=True)
         except (OSError, EOFError, LookupError, TypeError, ValueError) as error:
             problem = f"meta.json has no {error}" if isinstance(error, KeyError) else error
-            raise UserError(f"{path} is no whole set ({problem}); the command that made it continues") from None
+            how = "delete it and" if (self.path / "meta.json").exists() else "it is not finished:"
+            raise UserError(f"{path} is no whole set ({problem}); {how} give the command that made it again") from None
         self.num_episodes, self.num_transitions = len(self.lengths), rows - len(self.lengths)
         self.mean_return = float(self.reward.sum(dtype=np.float64)) / self.num_episodes
         self.hash = hashlib.sha256(digests.encode()).hexdigest()[:16]
@@ -391,18 +397,18 @@ class Buffer:
             room = 0.6 * torch.cuda.mem_get_info(self.device)[0] / int(os.environ.get("CLEANPIXELS_RUNS_PER_GPU", 1))
             self.on_gpu = sum(image.numel() for image in self.images) < room
         if self.on_gpu:
-            self.images = [torch.cat([image.to(self.device) for image in self.images])]
+            self.images = [image.to(self.device) for image in self.images]
         self.generator = torch.Generator().manual_seed(seed)
 
     def frames(self, rows: Tensor) -> Tensor:
-        """rows (n,) int64, those of one file after those of another -> (n, 3, S, S) uint8. Any other order is an
+        """rows (n,) int64, grouped by image file, in the files' order -> (n, 3, S, S) uint8. Any other order is an
         IndexError: within its file a row would be negative, or beyond the end."""
         source = self.images[0]
+        starts = np.cumsum([0, *map(len, self.images)]).tolist()
+        cuts = [0, *(int((rows < start).sum()) for start in starts[1:-1]), len(rows)]  # between the files' rows
         rows = rows.to(source.device)
         out = torch.empty((len(rows), *source.shape[1:]), dtype=torch.uint8, device=source.device,
                           pin_memory=self.device.type == "cuda" and not self.on_gpu)  # fmt: skip
-        starts = np.cumsum([0, *map(len, self.images)]).tolist()
-        cuts = [0, *(int((rows < start).sum()) for start in starts[1:-1]), len(rows)]
         for image, start, low, high in zip(self.images, starts, cuts[:-1], cuts[1:]):
             torch.index_select(image, 0, rows[low:high] - start, out=out[low:high])
         return out.to(self.device, non_blocking=True)
@@ -589,8 +595,10 @@ def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
     if own or first.source != "made" or task.startswith("kitchen-"):
         merged.pop("transitions", None)  # such sets are used whole
     if first.evaluate:
-        kept = read(f"{first.evaluate}/config.json")["args"]
-        merged = {name: kept[name] for name in kept if hasattr(first, name)}
+        run, algo = read(f"{first.evaluate}/config.json"), Path(sys.modules[args_class.__module__].__file__).stem
+        if run["algo"] != algo:
+            raise UserError(f"--evaluate {first.evaluate} is a run of {run['algo']}.py, not of {algo}.py")
+        merged = {name: run["args"][name] for name in dataclasses.asdict(first)}
         merged |= {"device": "auto", "precision": "auto", "buffer_device": "auto", "eval_every": None}
     default, text = dataclasses.replace(args_class(), **merged), sys.modules[args_class.__module__].__doc__
     args = tyro.cli(args_class, args=argv, default=default, config=config, description=text)
@@ -598,8 +606,11 @@ def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
     args.eval_every = None if first.evaluate else args.eval_every
     if not re.fullmatch(r"([\w-][\w.-]*)?", args.tag):
         raise UserError(f"--tag {args.tag}: letters, digits, - and _")
-    if args.transitions and (own or args.source != "made"):
-        raise UserError(f"--transitions {args.transitions}: only standard sets that are made here are cut")
+    if (args.transitions or args.data_seed) and (own or args.source != "made"):
+        flags = f"--transitions {args.transitions} --data-seed {args.data_seed}"
+        raise UserError(f"{flags}: only standard sets that are made here have these")
+    if own and first.task not in (task, args_class().task):
+        raise UserError(f"--task {first.task}: {first.dataset} is of task {task}")
     if own:
         args.task, args.dataset = task, str(Path(args.dataset).resolve())
     args.data_dir = str(Path(args.data_dir or os.environ.get("CLEANPIXELS_DATA") or HERE / "datasets").expanduser())
@@ -640,7 +651,8 @@ def run_folder(args, algo: str, set_name: str, source: str) -> Path:
 
 
 class Run:
-    """A run's folder: lock, configuration, copies of the code, metrics, checkpoint. Seeds torch: draw from it alone.
+    """A run's folder: lock, configuration, copies of the code, metrics, checkpoint. Seeds torch's generator, which
+    weights and losses draw from; a buffer has its own.
 
     The same command continues what is there. Raises UserError where that has other flags, data or code, or where
     another process runs in it; SystemExit(0) where it is finished. log_due, eval_due, checkpoint_due: see advance()."""
@@ -671,7 +683,7 @@ class Run:
 
     def compare(self, old: dict, finished: bool) -> None:
         """Raises UserError where this command is not the one that began the run. --steps may grow until it is over.
-        What the run found out by itself when it began, its precision too, stays."""
+        --precision auto keeps the run's own."""
         if self.args.typed["precision"] == "auto":
             self.args.precision = old["args"]["precision"]
         flags = {name: value for name, value in dataclasses.asdict(self.args).items() if name not in FREE_FLAGS}
@@ -690,8 +702,9 @@ class Run:
         saved, here = {"step": 0, "wall_s": 0.0, "sizes": {}}, provenance(self.args.device)
         config = self.config | here
         if self.args.overwrite:  # not earlier: most of what can be wrong with a command has shown by now
-            for file in sorted(self.path.glob("[!.]*.*"), key=lambda file: file.name != "finished.json"):
-                file.unlink()
+            for pattern in ("finished.json", "*.pt", "*.csv", "*.mp4"):
+                for file in self.path.glob(pattern):
+                    file.unlink()
         if self.resumes:
             saved, config = read(self.checkpoint), read(self.path / "config.json")
             config["resumed"].append(here)
@@ -702,7 +715,8 @@ class Run:
                 torch.cuda.set_rng_state(saved["cuda"])
             print(f"continuing {self.path} at step {saved['step']}")
         for file in self.path.glob("*.csv"):
-            os.truncate(file, saved["sizes"][file.name]) if file.name in saved["sizes"] else file.unlink()
+            size = min(saved["sizes"].get(file.name, 0), file.stat().st_size)  # smaller: after a power cut
+            os.truncate(file, size) if size else file.unlink()
         if not self.resumes:
             for file in self.code:
                 write_atomically(self.path / file.name, file.read_bytes())
@@ -711,13 +725,13 @@ class Run:
         self.saved, self.columns = time.monotonic(), {}
         self.begun = self.saved - saved["wall_s"]  # as if all had been one process
         self.bar = tqdm(total=self.args.steps, initial=saved["step"], unit="update", mininterval=BAR_SECONDS)
+        self.updated = time.time()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
         return saved["step"]
 
     def on_signal(self, number: int, _) -> None:
         self.stop_signal = number
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # schedulers repeat it
         signal.signal(signal.SIGINT, signal.default_int_handler)
         text = b"\nstopping after this update or evaluation, with a checkpoint (Ctrl-C: at once)\n"
         os.write(2, text)  # print may be mid-line
@@ -787,10 +801,7 @@ class Run:
 
 def load_run(args) -> tuple[dict, dict]:
     """Facts of the data, and weights, of the finished run that --evaluate names; its flags are `args` already."""
-    config, algo = read(f"{args.evaluate}/config.json"), Path(sys.modules["__main__"].__file__).stem
-    if config["algo"] != algo:
-        raise UserError(f"--evaluate {args.evaluate} is a run of {config['algo']}.py, not of {algo}.py")
-    return config["dataset"], read(f"{args.evaluate}/weights.pt")
+    return read(f"{args.evaluate}/config.json")["dataset"], read(f"{args.evaluate}/weights.pt")
 
 
 def read(file: str | Path) -> dict:
@@ -849,7 +860,7 @@ def provenance(device: str) -> dict:
     """Command, commit (-dirty: a file has changed; empty outside a repository), versions and hardware."""
     git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    names = ("torch", "numpy", "mujoco", "dm_control", "metaworld")
+    names = {"torch", "numpy", "mujoco", "dm_control", "metaworld", "gymnasium-robotics"}
     versions = {it.name: it.version for it in importlib.metadata.distributions() if it.name in names}
     cpu = re.search(r"model name\s*: (.*)|$", CPU_INFO)[1] or platform.machine()
     hardware = f"{torch.get_num_threads()} of {cores()} cores of {cpu}"

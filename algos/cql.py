@@ -7,8 +7,7 @@
 L_Q is CQL(H)'s (2006.04779 Eq. 4, which halves the TD error: its alpha is cql_alpha / 2). a_k, all valued at z: a of
 the data, 10 uniform actions, 10 of pi(z') and 10 of pi(z), these with the clipped noise of a'; 31 in all.
 All losses are means over the batch. There is no entropy and no temperature: DrQ-v2's actor is not SAC's.
-z = encoder(random shift of three stacked frames), z' of the frames n steps later; the encoder learns from L_Q alone,
-the conservative term included.
+z = encoder(random shift of three stacked frames), z' n steps later. The encoder learns from the whole L_Q alone.
 Dims: B batch, C = 3 * frame_stack channels, S pixels per side, A action, E embedding, N actions a_k.
 Differs from the released code (marked DIFF n where it happens):
   DIFF 1: one step = one gradient update; theirs counts loop turns and updates on every second.
@@ -252,8 +251,8 @@ class Agent(nn.Module):
         q1, q2 = self.critic(embed, actions)  # (N, B, 1), the data's action first (DIFF 8)
         assert q1[0].shape == target_q.shape == batch.reward.shape  # (B, 1); (B,) would give (B, B)
         td_loss = F.mse_loss(q1[0], target_q) + F.mse_loss(q2[0], target_q)
-        first = int(self.args.importance_sample or self.args.cql_actions == "uniform")  # 1: without the data's action
-        conservative = sum(((q - log_density)[first:].logsumexp(0) - q[0]).mean() for q in (q1, q2))
+        skip = int(self.args.importance_sample or self.args.cql_actions == "uniform")  # 1: without the data's action
+        conservative = sum(((q - log_density)[skip:].logsumexp(0) - q[0]).mean() for q in (q1, q2))
         loss = td_loss + self.args.cql_alpha * conservative
         metrics = {"critic/loss": loss, "critic/td_loss": td_loss, "critic/q": q1[0].mean()}
         metrics["critic/conservative"] = conservative

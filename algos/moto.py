@@ -787,7 +787,7 @@ def main(args: Args) -> None:
             run.log(phase, step, {name: value.item() for name, value in metrics.items()})  # the only .item()
         if step == args.offline_steps:  # for another run's --offline-from, optimisers included
             common.write_atomically(run.path / "offline.pt", agent.state_dict())
-        if pool and (run.eval_due or step == args.offline_steps):
+        if pool and phase != "model" and (run.eval_due or step == args.offline_steps):
             metrics, frames = evaluate(agent, pool, args)
             run.log("eval", step, metrics | (played() if args.online_episodes else {}))
             if step == args.steps:

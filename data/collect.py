@@ -313,6 +313,8 @@ def join(path: Path, sets: list[Dataset]) -> None:
     """Writes the set of all episodes of `sets`. Their frames are linked, which takes no space."""
     path.mkdir(parents=True, exist_ok=True)
     with store.take_lock(path / ".lock", wait=True), store.plain_errors(path):
+        if (path / "meta.json").exists():  # another process has made it
+            return
         for i, part in enumerate(sets):
             (path / f"image-{i}.npy").unlink(missing_ok=True)
             os.link(part.path / "image.npy", path / f"image-{i}.npy")

@@ -2,8 +2,6 @@
 
 import contextlib
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import os
 import sys
@@ -15,10 +13,9 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(1, str(ROOT))
-from common import ARRAYS, UserError, standard_set, write_atomically  # noqa: E402
+from common import ARRAYS, UserError, provenance, standard_set, write_atomically  # noqa: E402
 
 HEADER = 128  # bytes before the rows of a .npy file
-PACKAGES = ("numpy", "mujoco", "dm_control", "metaworld", "gymnasium_robotics")  # whose versions meta.json names
 STANDARD_TRANSITIONS = {("cheetah-run", "mixed"): 200_000, ("humanoid-walk", "mixed"): 600_000}  # else as below
 
 
@@ -35,8 +32,7 @@ def set_folder(data_dir, source: str, task: str, name: str, size: int, transitio
 
 
 def take_lock(path: Path, wait: bool) -> filelock.FileLock:
-    """The lock file `path`, held until release() or the end of the process. Where another process holds it: says so
-    and waits, or raises UserError."""
+    """The lock file `path`. Where another process holds it: says so and waits, or raises UserError."""
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0.3)
@@ -69,19 +65,14 @@ def return_statistics(returns: np.ndarray) -> dict[str, float]:
     return {name: round(float(value), 2) for name, value in found.items()}
 
 
-def returns_of(reward: np.ndarray, first_rows: np.ndarray) -> np.ndarray:
-    """Undiscounted returns (E,) float64 of arrival rows (N,): the reset row's reward is 0."""
-    return np.add.reduceat(reward.astype(np.float64), first_rows)
-
-
 def write_meta(path: Path, meta: dict) -> None:
     """`meta` with counts, returns and hashes of the arrays in `path`, as its meta.json, whole or not at all."""
     reward, episode = (np.load(path / f"{name}.npy", mmap_mode="r") for name in ("reward", "episode"))
-    returns = returns_of(reward, episode)
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)}
+    returns = np.add.reduceat(reward.astype(np.float64), episode)  # undiscounted; the reset row's reward is 0
     facts = {"format": 1, "rows": len(reward), "episodes": len(episode), "transitions": len(reward) - len(episode)}
     facts |= {"returns": return_statistics(returns), "episode_returns": returns.round(3).tolist()}
-    facts |= {"versions": versions, "sha256": {file.stem: sha256(file) for file in sorted(path.glob("*.npy"))}}
+    versions, files = provenance("cpu")["versions"], sorted(path.glob("*.npy"))
+    facts |= {"versions": versions, "sha256": {file.stem: sha256(file) for file in files}}
     write_atomically(path / "meta.json", json.dumps(meta | facts, indent=1).encode())
 
 
@@ -106,13 +97,12 @@ def arrival_rows(images: np.ndarray, actions: np.ndarray, rewards: np.ndarray, t
 class DatasetWriter:
     """Writes a set, one whole episode at a time; an interrupted writer continues with its next episode.
 
-    task: the task of make_env to evaluate in, rendered in `render` quality; "own": none. mujoco: the version that
-    rendered the frames, if one did. recipe: whatever tells one set from another; an unfinished set with another is
-    begun anew.
+    task: of make_env, to evaluate in, rendered in `render` quality; "own": none. mujoco: the version that rendered the
+    frames, if one did. recipe: what tells one set from another; an unfinished set of another is begun anew.
 
     The set counts once the `with` block ends without an exception. `writer.episodes`: how many there are, those of an
-    interrupted writer included. `writer.complete`: the set was there already. Raises UserError for a bad episode
-    (nothing of it is written) and for a full or read-only disk. Waits for another process that writes the same set."""
+    interrupted writer included. `writer.complete`: the set was there already, it takes no more. Raises UserError for
+    a bad episode (nothing of it is written) and for a full disk. Waits for another process that writes the same set."""
 
     def __init__(self, path, size: int, action_dim: int, task: str = "own", source: str = "own", render: str = "fast",
                  mujoco: str | None = None, recipe: dict | None = None):  # fmt: skip
@@ -133,8 +123,9 @@ class DatasetWriter:
                 saved = json.loads(self.progress.read_text()) if self.progress.exists() else {}
                 if saved.get("meta") == json.loads(json.dumps(self.meta)):
                     self.boundaries = saved["boundaries"]
-                else:
-                    self.progress.unlink(missing_ok=True)
+                elif saved:
+                    print(f"{self.path}: begun anew, the unfinished set there was of another recipe")
+                    self.progress.unlink()
                 for name in self.shapes:
                     file = self.path / f"{name}.npy"
                     file.touch()
