@@ -598,7 +598,7 @@ def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
         run, algo = read(f"{first.evaluate}/config.json"), Path(sys.modules[args_class.__module__].__file__).stem
         if run["algo"] != algo:
             raise UserError(f"--evaluate {first.evaluate} is a run of {run['algo']}.py, not of {algo}.py")
-        merged = {name: run["args"][name] for name in dataclasses.asdict(first)}
+        merged = {name: value for name, value in run["args"].items() if name in dataclasses.asdict(first)}
         merged |= {"device": "auto", "precision": "auto", "buffer_device": "auto", "eval_every": None}
     default, text = dataclasses.replace(args_class(), **merged), sys.modules[args_class.__module__].__doc__
     args = tyro.cli(args_class, args=argv, default=default, config=config, description=text)
@@ -659,7 +659,9 @@ class Run:
 
     def __init__(self, args, dataset: Dataset):
         script = Path(sys.modules["__main__"].__file__).resolve()
-        self.args, self.code, self.stop_signal = args, (script, HERE / "common.py"), 0
+        self.args, self.code, self.stop_signal = args, [script, HERE / "common.py"], 0
+        if args.task.startswith(MANIPULATION):
+            self.code.append(HERE / "manipulation.py")
         self.path = run_folder(args, script.stem, dataset.path.name, dataset.source)
         self.config = {"algo": script.stem, "script": hashlib.sha256(script.read_bytes()).hexdigest()[:12]}
         self.config |= {"dataset": dataset.facts(), "typed": args.typed, "resumed": []}
