@@ -306,7 +306,7 @@ class Dataset:
             self.meta = json.loads((self.path / "meta.json").read_text())
             for name, kind in META.items():
                 setattr(self, name, self.meta[name])
-                if not isinstance(self.meta[name], kind):
+                if not isinstance(self.meta[name], kind) or name == "render" and self.render not in RENDER_QUALITY:
                     raise ValueError(f"meta.json: {name} {self.meta[name]!r}")
             files = sorted(file.stem for file in self.path.glob("image*.npy"))
             self.images = [self.array(name, 3, self.size, self.size) for name in files]
@@ -537,6 +537,8 @@ Rate = Annotated[float, (1e-9, 1)]
 Share = Annotated[float, (0, 1)]
 
 FREE_FLAGS = {"data_dir", "runs_dir", "log_every", "buffer_device", "overwrite", "evaluate"}  # may differ on resume
+READ = {"config.json": ("algo", "script", "args", "typed", "dataset", "resumed"),
+        "checkpoint.pt": ("step", "wall_s", "objects", "torch", "sizes")}  # what these files must hold  # fmt: skip
 EVAL_SEED = 1_000_000  # evaluation episode i starts from seed EVAL_SEED + i, in every run and at every step
 CHECKPOINT_SECONDS = 300.0
 for name in ("stdout", "stderr"):
@@ -551,8 +553,8 @@ def one_line_errors(kind, error, trace) -> None:
     """sys.excepthook: what a user can mend ends the process with one line."""
     if isinstance(error, OSError):
         error = UserError(f"{error.filename or kind.__name__}: {error.strerror or error}")
-    if isinstance(error, RuntimeError) and "loading state_dict" in str(error):  # of a run with other networks
-        error = UserError(" ".join(str(error).split())[:300])
+    if isinstance(error, RuntimeError) and re.search("loading state_dict|out of memory|allocate memory", str(error)):
+        error = UserError(" ".join(str(error).split())[:300])  # a run with other networks, or a batch that is too large
     if isinstance(error, UserError | KeyboardInterrupt):
         print(f"error: {error}" if isinstance(error, UserError) else "interrupted", file=sys.stderr)
     else:
@@ -765,9 +767,10 @@ class Run:
         with open(self.path / f"{part}.csv", "a", newline="") as file:
             csv.writer(file).writerows([row, row.values()] if file.tell() == 0 else [row.values()])
         if part == "eval":
-            paused = time.time() - self.updated  # the bar's updates per second leave evaluations out
-            self.bar.start_t, self.bar.last_print_t = self.bar.start_t + paused, self.bar.last_print_t + paused
-            self.bar.set_description(None, refresh=False)
+            if not self.bar.disable:  # its updates per second leave evaluations out
+                paused = time.time() - self.updated
+                self.bar.start_t, self.bar.last_print_t = self.bar.start_t + paused, self.bar.last_print_t + paused
+                self.bar.set_description(None, refresh=False)
             success = f", success {row['success']:.0f} %" if "success" in row else ""
             self.bar.write(f"step {step}: score {row['score']:.1f}{success}")
         else:
@@ -809,10 +812,9 @@ def load_run(args) -> tuple[dict, dict]:
 def read(file: str | Path) -> dict:
     """A config.json, or what torch.save wrote. Raises UserError that names the file."""
     try:
-        if Path(file).suffix == ".pt":
-            return torch.load(file, map_location="cpu", weights_only=True)
-        config = json.loads(Path(file).read_text())
-        return {name: config[name] for name in ("algo", "script", "args", "typed", "dataset", "resumed")} | config
+        weights = Path(file).suffix == ".pt"
+        content = torch.load(file, "cpu", weights_only=True) if weights else json.loads(Path(file).read_text())
+        return {name: content[name] for name in READ.get(Path(file).name, ())} | content
     except Exception as error:  # pickle, zip, torch and JSON errors have no base class in common
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{file} is missing or damaged ({problem}); is it of a run, and finished?") from None

@@ -544,7 +544,7 @@ def write_report(results: Path, runs: Path | None, out: Path) -> None:
         members = [group for group in groups if group.chart == chart]
         plot_curves(members, looks(groups)).savefig(out / f"curves-{chart}.png", dpi=120)
     data = json.dumps(page_data(groups, problems)).replace("<", "\\u003c")
-    page = (HERE / "benchmarks" / "report.html").read_text().replace("/*DATA*/null", data).encode()
+    page = (HERE / "benchmarks" / "report.html").read_text("utf-8").replace("/*DATA*/null", data).encode()
     write_atomically(out / "index.html", page)
     for reason, places in problems.items():
         print(f"left out: {places[0] if len(places) == 1 else f'{len(places)} (listed in the page)'}: {reason}")

@@ -6,7 +6,7 @@
     python data/collect.py --task metaworld-drawer-open --dataset demos --size 64   # 10 demonstrations, for moto.py
 
 random: uniform actions. medium, expert: actions sampled from the actors in data/policies/<task>/. medexp: both of
-these, listed by a meta.json. mixed: the first transitions of the SAC replay, re-simulated from its recorded
+these, joined by hard links. mixed: the first transitions of the SAC replay, re-simulated from its recorded
 actions; a full physics state every 50 steps keeps the last bits of another processor from adding up. demos:
 successful episodes of Meta-World's scripted policies, as in MOTO (2401.03306), going on after success.
 Every episode is a function of (set, seed, episode index) alone: not of --workers, --size or an interruption."""
@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(1, str(ROOT))
+sys.path[1:1] = [str(ROOT), str(ROOT / "data")]
 import store  # noqa: E402
 from published import print_statistics  # noqa: E402
 
@@ -234,8 +234,8 @@ def collect(args: Args, name: str, transitions: int, folder: Path) -> np.ndarray
         if needed > shutil.disk_usage(folder.parent).free:
             raise UserError(f"{folder} needs {sizes}; give another --data-dir or fewer --transitions")
         rollouts(args, name, total, folder)
-    meta = json.loads((folder / "meta.json").read_text())
-    if meta["render"] != args.render or meta["recipe"] != recipe_of(args, name, total):
+    meta = Dataset(folder).meta
+    if meta["render"] != args.render or meta.get("recipe") != recipe_of(args, name, total):
         raise UserError(f"{folder} was made with another --render or another policy; delete it to make it again")
     return np.array(meta["episode_returns"])
 
@@ -310,14 +310,19 @@ def episodes_of(source, pool: EnvPool, episodes: range, args: Args):
 
 
 def join(path: Path, sets: list[Dataset]) -> None:
-    """Writes the set of all episodes of `sets`. Their frames are linked, which takes no space."""
+    """Writes the set of all episodes of `sets`. Their frames are linked, which takes no space, or else copied."""
     path.mkdir(parents=True, exist_ok=True)
     with store.take_lock(path / ".lock", wait=True), store.plain_errors(path):
         if (path / "meta.json").exists():  # another process has made it
             return
+        for file in path.glob("*.npy"):
+            file.unlink()
         for i, part in enumerate(sets):
-            (path / f"image-{i}.npy").unlink(missing_ok=True)
-            os.link(part.path / "image.npy", path / f"image-{i}.npy")
+            frames = (part.path / "image.npy").resolve(), path / f"image-{i}.npy"
+            try:
+                os.link(*frames)
+            except OSError:  # another disk, or one that knows no links
+                shutil.copyfile(*frames)
         names = {"action": "action", "reward": "reward", "discount": "discount", "episode": "first_rows"}
         rows = {name: [getattr(part, attribute) for part in sets] for name, attribute in names.items()}
         rows["episode"][1] = rows["episode"][1] + len(rows["reward"][0])

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(1, str(ROOT))
+sys.path[1:1] = [str(ROOT), str(ROOT / "data")]
 from store import DatasetWriter, return_statistics, set_folder  # noqa: E402
 
 from common import BAR_SECONDS, Count, Env, EnvPool, UserError, check_ranges, cores, one_line_errors  # noqa: E402

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(1, str(ROOT))
+sys.path[1:1] = [str(ROOT), str(ROOT / "data")]
 from common import Dataset, UserError  # noqa: E402
 
 NPZ_ARRAYS, NPZ_FLAGS = ("image", "action", "reward", "discount"), ("is_first", "is_last", "is_terminal")

@@ -12,7 +12,7 @@ import filelock
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(1, str(ROOT))
+sys.path[1:1] = [str(ROOT), str(ROOT / "data")]
 from common import ARRAYS, UserError, provenance, standard_set, write_atomically  # noqa: E402
 
 HEADER = 128  # bytes before the rows of a .npy file
@@ -128,6 +128,8 @@ class DatasetWriter:
                     self.progress.unlink()
                 for name in self.shapes:
                     file = self.path / f"{name}.npy"
+                    if not self.episodes:
+                        file.unlink(missing_ok=True)  # a medexp may share these frames
                     file.touch()
                     if self.episodes and file.stat().st_size < self.end(name):
                         raise UserError(f"{file} is shorter than progress.json says; delete {self.path}")

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(1, str(ROOT))
+sys.path[1:1] = [str(ROOT), str(ROOT / "data")]
 from collect import EPISODE, GRID, POLICIES, STATE_EVERY, SACPolicy, get_state, policy_file  # noqa: E402
 from published import TABLE_5  # noqa: E402
 from store import return_statistics, standard_transitions, take_lock  # noqa: E402

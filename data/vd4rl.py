@@ -24,7 +24,7 @@ from tqdm import tqdm
 from tyro.conf import Positional
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(1, str(ROOT))
+sys.path[1:1] = [str(ROOT), str(ROOT / "data")]
 import official  # noqa: E402
 from official import Episode, Notes  # noqa: E402
 from published import TABLE_5, print_statistics  # noqa: E402
@@ -203,7 +203,7 @@ def listed(places: list) -> str:
 
 def export(path: Positional[Path], out: Path, format: Literal["npz", "hdf5"] = "npz") -> None:
     """One of our sets -> a new folder `out` of official files. npz: Offline DV2, LOMPO; hdf5: DrQ+BC, CQL, BC."""
-    dataset = Dataset(path)
+    dataset, out = Dataset(path), out.resolve()
     temporary = out.with_name(f"{out.name}.unfinished")  # a folder under its own name is whole
     for folder in (out, temporary):
         if folder.exists():
@@ -244,7 +244,7 @@ def findings(path: Path) -> Iterator[str]:
     if not np.array_equal(returns.round(3), meta.get("episode_returns")):
         yield f"{path}/meta.json: episode_returns are not the sums of reward.npy"
     statistics = return_statistics(returns).items()
-    if any(abs(meta.get("returns", {}).get(key, np.inf) - value) > 0.02 for key, value in statistics):
+    if any(abs((meta.get("returns") or {}).get(key, np.inf) - value) > 0.02 for key, value in statistics):
         yield f"{path}/meta.json: returns are not those of the arrays"
     first, last = dataset.first_rows, dataset.first_rows + dataset.lengths - 1
     bad = defaultdict(list)

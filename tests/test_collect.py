@@ -140,6 +140,9 @@ def test_medexp_joins_two_sets_and_copies_no_frame(short, policies, tmp_path):
     assert dataset.first_rows.tolist() == [0, 21, 42, 63] and not np.array_equal(sets[0].action, sets[1].action)
     assert dataset.meta["episode_returns"] == sets[0].meta["episode_returns"] + sets[1].meta["episode_returns"]
     assert list(vd4rl.findings(folder)) == []
+    (sets[0].path / "meta.json").unlink()
+    make(tmp_path, "medium", episodes=2, render="reference")  # made again in place: medexp keeps its own frames
+    assert list(vd4rl.findings(folder)) == [] and Dataset(folder).hash == dataset.hash
 
 
 @pytest.mark.parametrize("name", ["random", "medium"])
