@@ -308,7 +308,7 @@ class Dataset:
                 setattr(self, name, self.meta[name])
                 if not isinstance(self.meta[name], kind) or name == "render" and self.render not in RENDER_QUALITY:
                     raise ValueError(f"meta.json: {name} {self.meta[name]!r}")
-            files = sorted(file.stem for file in self.path.glob("image*.npy"))
+            files = sorted((file.stem for file in self.path.glob("image*.npy")), key=lambda name: (len(name), name))
             self.images = [self.array(name, 3, self.size, self.size) for name in files]
             self.action, self.reward = self.array("action", self.action_dim), self.array("reward")
             self.discount, self.first_rows = self.array("discount"), self.array("episode")
@@ -587,7 +587,9 @@ def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
     config, merged = (tyro.conf.FlagCreatePairsOff,), {}
     first, _ = tyro.cli(args_class, args=argv, config=config, add_help=False, return_unknown_args=True)
     own = first.dataset not in NAMED_SETS and not first.evaluate
-    if own and not Path(first.dataset).is_dir():
+    if first.evaluate == "":
+        raise UserError("--evaluate: no folder is named")
+    if own and not (first.dataset and Path(first.dataset).is_dir()):
         raise UserError(f"--dataset {first.dataset}: neither one of {', '.join(NAMED_SETS)} nor a folder")
     task = Dataset(first.dataset).task if own else first.task
     suite = task.partition("-")[0] + "-*"  # metaworld-*
@@ -730,8 +732,9 @@ class Run:
         self.begun = self.saved - saved["wall_s"]  # as if all had been one process
         self.bar = tqdm(total=self.args.steps, initial=saved["step"], unit="update", mininterval=BAR_SECONDS)
         self.updated = time.time()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.on_signal)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+                signal.signal(number, self.on_signal)
         return saved["step"]
 
     def on_signal(self, number: int, _) -> None:

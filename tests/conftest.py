@@ -51,7 +51,7 @@ def run_main(module, words, methods=UPDATES, crash=None, update=None, pool=None)
 
     crash=n: it dies before the n-th call of one of Agent's `methods`. update(original, n, agent, *args) takes their
     place; pool that of common.EnvPool."""
-    handlers, count = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}, 0
+    handlers, count = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}, 0
 
     def counted(original):
         def method(self, *args):

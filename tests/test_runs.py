@@ -464,6 +464,7 @@ MISTAKES = [
     ("bc", "--tag .x", "--tag .x: letters"),
     ("bc", "--transitions 50", "--transitions 50 --data-seed 0: only standard sets"),
     ("bc", "--dataset .", ". is no whole set"),
+    ("bc", "--evaluate=", "--evaluate: no folder is named"),
     ("bc", "--buffer-device cuda", "there is no CUDA device here"),
     ("bc", "--dataset expert --source vd4rl --data-dir /nowhere", "vd4rl.py import --help"),
     ("drq_bc", "--nstep 31", "no episode is long enough for --nstep 31"),
