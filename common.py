@@ -374,8 +374,11 @@ def open_dataset(args, size: int) -> Dataset:
             there = ", ".join(sorted(str(meta.parent) for meta in Path(args.data_dir).glob("*/*/*/meta.json")))
             raise UserError(f"{folder} does not exist (there are: {there or 'none'}). In a full checkout: {how}")
         print(f"{folder} is missing: making it. Interrupt at any time, the same command continues.", flush=True)
-        if status := subprocess.run([sys.executable, str(HERE / words[0]), *words[1:]]).returncode:
-            raise SystemExit(status)  # it has said why
+        with subprocess.Popen([sys.executable, str(HERE / words[0]), *words[1:]]) as maker:
+            before = signal.signal(signal.SIGTERM, lambda number, _: maker.send_signal(number))
+        signal.signal(signal.SIGTERM, before)
+        if status := maker.returncode:  # it has said why; -15: SIGTERM
+            raise SystemExit(status if status > 0 else 128 - status)
     return Dataset(folder)
 
 

@@ -507,7 +507,7 @@ def fill_docs(results: Path, pages: list[Path]) -> dict[Path, str]:
         return f"<!-- {found[1]}{found[2]} -->\n{text or 'Nothing has been measured yet.'}\n<!-- end -->"
 
     mark = r"<!-- (results|speed)((?: \w+=\S*)*) -->\n.*?<!-- end -->"
-    return {page: re.sub(mark, table, page.read_text(), flags=re.S) for page in pages}
+    return {page: re.sub(mark, table, page.read_text("utf-8"), flags=re.S) for page in pages}
 
 
 # ==== The page ====
@@ -564,7 +564,7 @@ def main(args: Args) -> None:
         print(compare(args.compare, groups_of(gather(results, runs)[0])))
     elif args.docs:
         for page, text in fill_docs(results, PAGES).items():
-            if text != page.read_text():
+            if text != page.read_text("utf-8"):
                 write_atomically(page, text.encode())
                 print(f"filled {page}")
         plot_scores(groups_of(gather(results, None)[0])).savefig(results / "scores.png", dpi=110)

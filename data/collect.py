@@ -16,6 +16,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import sys
 import time
 import warnings
@@ -359,4 +360,5 @@ if __name__ == "__main__":
     import tyro
 
     sys.excepthook = common.one_line_errors
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # in order: workers end first
     main(tyro.cli(Args))
