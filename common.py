@@ -318,6 +318,8 @@ class Dataset:
             self.lengths = np.diff(np.append(self.first_rows, rows))
             if self.first_rows[0] != 0 or self.lengths.min() < 2:
                 raise ValueError("episode.npy: first rows must start at 0 and rise by 2 or more")
+            if not np.isin(np.cumsum([0, *map(len, self.images)][:-1]), self.first_rows).all():
+                raise ValueError("an episode is spread over two image files")
             digests = json.dumps([self.meta["sha256"]], sort_keys=True)
         except (OSError, EOFError, LookupError, TypeError, ValueError) as error:
             problem = f"meta.json has no {error}" if isinstance(error, KeyError) else error

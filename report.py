@@ -267,7 +267,8 @@ class Group:
         self.own, self.quick = any(run.own for run in runs), self.row["quick"] == "True"
         # the standard set's name (random, ...) at any image size; None for a smaller set, or another seed's
         name = re.fullmatch(r"([a-z]+)-\d+px", self.row["dataset"])
-        standard = name and name[1] in common.STANDARD_SETS and not self.row["task"].startswith(MANIPULATION)
+        standard = name and name[1] in common.STANDARD_SETS and self.row["source"] in ("made", "vd4rl")
+        standard = standard and not self.row["task"].startswith(MANIPULATION)
         self.set = name[1] if standard else None
         # variants can be compared where this is equal
         data = (self.set, self.row["data_mean"]) if self.set else (self.row["dataset"], self.row["data_hash"])
