@@ -336,15 +336,6 @@ class Dataset:
             raise ValueError(f"{name}.npy: {array.shape} {array.dtype}, expected {('n', *shape)} {dtype}")
         return array
 
-    def check_values(self) -> None:
-        """Raises UserError for the first row that is not finite or out of range."""
-        good = (np.abs(self.action) <= 1 + 1e-6).all(1) & np.isfinite(self.reward)
-        good &= (self.discount >= 0) & (self.discount <= 1)
-        if not good.all():
-            row = np.flatnonzero(~good)[0]
-            values = f"action {self.action[row]}, reward {self.reward[row]}, discount {self.discount[row]}"
-            raise UserError(f"{self.path}: row {row} is not finite or out of range: {values}")
-
     def facts(self) -> dict:
         """What a run has to know of its data without opening it, for config.json."""
         names = (*META, "num_episodes", "num_transitions", "mean_return", "hash")
@@ -389,7 +380,10 @@ class Buffer:
     auto); and a generator, which checkpoints keep. Episodes of fewer rows than `flag` needs are not used."""
 
     def __init__(self, dataset: Dataset, batch_size: int, seed: int, device, buffer_device, flag: str, needed: int):
-        dataset.check_values()
+        good = (np.abs(dataset.action) <= 1 + 1e-6).all(1) & np.isfinite(dataset.reward)
+        good &= (dataset.discount >= 0) & (dataset.discount <= 1)
+        if not good.all():
+            raise UserError(f"{dataset.path}: row {good.argmin()} is not finite or out of range: data/vd4rl.py check")
         if (short := int((dataset.lengths < needed).sum())) == dataset.num_episodes:
             raise UserError(f"{dataset.path}: no episode is long enough for {flag}")
         if short:
@@ -464,11 +458,10 @@ class TransitionBuffer(Buffer):
         self.action, self.reward, self.factor = (torch.from_numpy(column).to(self.device) for column in columns)
         self.rows, self.offset = torch.from_numpy(rows), torch.from_numpy(offset)
 
-    def sample(self) -> Batch:
-        return self.gather(torch.randint(len(self.rows), (self.batch_size,), generator=self.generator).sort().values)
-
-    def gather(self, index: Tensor) -> Batch:
-        """The transitions of windows `index` (B,) int64, in rising order."""
+    def sample(self, index: Tensor | None = None) -> Batch:
+        """index: windows (B,) int64, in rising order, in place of random ones."""
+        if index is None:
+            index = torch.randint(len(self.rows), (self.batch_size,), generator=self.generator).sort().values
         rows, offset, index = self.rows[index], self.offset[index], index.to(self.device)
         obs = self.stacked(rows, offset)
         next_obs = self.stacked(rows + self.nstep, offset + self.nstep) if self.next_obs else None
@@ -517,15 +510,14 @@ class SequenceBuffer(Buffer):
         self.lengths, self.first_rows = lengths, (lengths.cumsum(0) - lengths)[usable]
         self.starts = lengths[usable] - self.length + 1  # per episode
 
-    def sample(self, images: bool = True) -> Sequences:
-        """images=False leaves them out, for what is computed from `row` instead."""
-        episode = torch.randint(len(self.starts), (self.batch_size,), generator=self.generator)
-        part = torch.rand(self.batch_size, generator=self.generator, dtype=torch.float64)
-        start = self.first_rows[episode] + (part * self.starts[episode]).long()
-        return self.gather(start.sort().values[:, None] + torch.arange(self.length), images)
-
-    def gather(self, row: Tensor, images: bool = True) -> Sequences:
-        """The windows of rows `row` (B, T) int64, each within an episode, in rising order."""
+    def sample(self, images: bool = True, row: Tensor | None = None) -> Sequences:
+        """images=False leaves them out, for what is computed from `row` instead. row: windows (B, T) int64, each within
+        an episode, in rising order, in place of random ones."""
+        if row is None:
+            episode = torch.randint(len(self.starts), (self.batch_size,), generator=self.generator)
+            part = torch.rand(self.batch_size, generator=self.generator, dtype=torch.float64)
+            start = self.first_rows[episode] + (part * self.starts[episode]).long()
+            row = start.sort().values[:, None] + torch.arange(self.length)
         image = self.frames(row.flatten()).unflatten(0, row.shape) if images else None
         row = row.to(self.device)
         is_first = self.is_first[row]  # a copy
@@ -542,6 +534,7 @@ Rate = Annotated[float, (1e-9, 1)]
 Share = Annotated[float, (0, 1)]
 
 FREE_FLAGS = {"data_dir", "runs_dir", "log_every", "buffer_device", "overwrite", "evaluate"}  # may differ on resume
+EVALUATE_FLAGS = FREE_FLAGS | {"eval_episodes", "device", "precision"}  # beside --evaluate
 READ = {"config.json": ("algo", "script", "args", "typed", "dataset", "resumed"),
         "checkpoint.pt": ("step", "wall_s", "objects", "torch", "sizes")}  # what these files must hold  # fmt: skip
 EVAL_SEED = 1_000_000  # evaluation episode i starts from seed EVAL_SEED + i, in every run and at every step
@@ -558,8 +551,9 @@ def one_line_errors(kind, error, trace) -> None:
     """sys.excepthook: what a user can mend ends the process with one line."""
     if isinstance(error, OSError):
         error = UserError(f"{error.filename or kind.__name__}: {error.strerror or error}")
-    if isinstance(error, RuntimeError) and re.search("loading state_dict|out of memory|allocate memory", str(error)):
-        error = UserError(" ".join(str(error).split())[:300])  # a run with other networks, or a batch that is too large
+    known = "state_dict|out of memory|allocate memory|home directory"  # other networks, a large batch, a ~nobody
+    if isinstance(error, RuntimeError) and re.search(known, str(error)):
+        error = UserError(" ".join(str(error).split())[:300])
     if isinstance(error, UserError | KeyboardInterrupt):
         print(f"error: {error}" if isinstance(error, UserError) else "interrupted", file=sys.stderr)
     else:
@@ -608,10 +602,13 @@ def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
         if run["algo"] != algo:
             raise UserError(f"--evaluate {first.evaluate} is a run of {run['algo']}.py, not of {algo}.py")
         merged = {name: value for name, value in run["args"].items() if name in dataclasses.asdict(first)}
-        merged |= {"device": "auto", "precision": "auto", "buffer_device": "auto", "eval_every": None}
+        merged |= {"device": "auto", "precision": "auto", "buffer_device": "auto"}
     default, text = dataclasses.replace(args_class(), **merged), sys.modules[args_class.__module__].__doc__
     args = tyro.cli(args_class, args=argv, default=default, config=config, description=text)
     check_ranges(args)
+    idle = [name for name in merged if getattr(args, name) != merged[name] and name not in EVALUATE_FLAGS]
+    if first.evaluate and idle:
+        raise UserError(f"--evaluate: --{idle[0].replace('_', '-')} would change nothing, the run's own flags count")
     args.eval_every = None if first.evaluate else args.eval_every
     if not re.fullmatch(r"([\w-][\w.-]*)?", args.tag):
         raise UserError(f"--tag {args.tag}: letters, digits, - and _")
@@ -736,7 +733,6 @@ class Run:
         self.saved, self.columns = time.monotonic(), {}
         self.begun = self.saved - saved["wall_s"]  # as if all had been one process
         self.bar = tqdm(total=self.args.steps, initial=saved["step"], unit="update", mininterval=BAR_SECONDS)
-        self.updated = time.time()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
                 signal.signal(number, self.on_signal)
@@ -758,9 +754,9 @@ class Run:
         late = time.monotonic() - self.saved > CHECKPOINT_SECONDS
         self.checkpoint_due = self.eval_due or late or bool(self.stop_signal)
         self.log_due = self.checkpoint_due or step % self.args.log_every == 0
-        self.updated = time.time()
         if self.eval_due and self.args.eval_every != 0:
             self.bar.set_description("evaluating")
+            self.bar.last_print_n, self.bar.last_print_t = step, time.time()
 
     def log(self, part: str, step: int, metrics: dict) -> None:
         """Appends a row to <part>.csv; a list spreads over numbered columns. Raises UserError that names metrics which
@@ -775,10 +771,8 @@ class Run:
         with open(self.path / f"{part}.csv", "a", newline="") as file:
             csv.writer(file).writerows([row, row.values()] if file.tell() == 0 else [row.values()])
         if part == "eval":
-            if not self.bar.disable:  # its updates per second leave evaluations out
-                paused = time.time() - self.updated
-                self.bar.start_t, self.bar.last_print_t = self.bar.start_t + paused, self.bar.last_print_t + paused
-                self.bar.set_description(None, refresh=False)
+            self.bar.unpause()  # its updates per second leave evaluations out
+            self.bar.set_description(None, refresh=False)
             success = f", success {row['success']:.0f} %" if "success" in row else ""
             self.bar.write(f"step {step}: score {row['score']:.1f}{success}")
         else:

@@ -10,7 +10,7 @@ import pytest
 from minari.data_collector.episode_buffer import EpisodeBuffer
 from store import DatasetWriter
 
-from common import Dataset, UserError, make_env
+from common import Dataset, TransitionBuffer, UserError, make_env
 
 STEPS = (4, 6)
 
@@ -57,7 +57,7 @@ def test_the_set_is_what_was_recorded(recorded, tmp_path, capsys):
     dataset = Dataset(tmp_path / "made" / "kitchen-mixed" / "mixed-24px")
     episodes = list(recorded[0].iterate_episodes())
     assert dataset.task == "kitchen-mixed" and dataset.lengths.tolist() == [5, 7]
-    dataset.check_values()
+    TransitionBuffer(dataset, 4)
     for first, episode in zip(dataset.first_rows, episodes):
         rows = slice(first + 1, first + 1 + len(episode.actions))
         np.testing.assert_allclose(dataset.action[rows], episode.actions, rtol=1e-6)

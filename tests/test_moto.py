@@ -223,7 +223,7 @@ def assert_buffer_is(buffer, episodes: list[tuple]) -> None:
     assert buffer.is_first.nonzero().flatten().tolist() == [row for row, values in windows.items() if values[4]]
     assert {row.item() for _ in range(60) for row in buffer.sample().row[:, 0]} == set(starts)
     for start in starts:
-        batch = buffer.gather(torch.arange(start, start + length)[None])
+        batch = buffer.sample(row=torch.arange(start, start + length)[None])
         for t, row in enumerate(range(start, start + length)):
             image, action, reward, discount, is_first, *_ = windows[row]
             np.testing.assert_array_equal(batch.image[0, t], image)
@@ -301,7 +301,7 @@ def test_playing_is_filtering(monkeypatch, tmp_path):
     buffer = online_buffer(write_set(tmp_path / "set", size=64), rows=5, window=5)
     buffer.open(tmp_path / "online")
     buffer.add(images[:, 0], actions[:, 0], rewards[:, 0], terminal[0])
-    window = buffer.gather(torch.arange(buffer.set_rows, buffer.set_rows + 5)[None])
+    window = buffer.sample(row=torch.arange(buffer.set_rows, buffer.set_rows + 5)[None])
     feat = observed(agent, window).feat[0]
     torch.testing.assert_close(feat[:-1], torch.cat(states))
     torch.testing.assert_close(window.action[0, 1:], 0.9 * agent.actor(feat[:-1]).loc.detach())

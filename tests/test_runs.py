@@ -228,6 +228,7 @@ def test_evaluate_scores_a_finished_run_and_writes_a_video(algo, train, whole, t
     score = float(re.search(r"score (\S+),", capsys.readouterr().out)[1])
     expected = metrics_of(whole(algo))["eval.csv"][-1]["score"]  # the same weights on the same episodes
     assert score == pytest.approx(float(expected), abs=0.051)
+    assert "--seed would change nothing" in line_of(train(algo, "--evaluate", tmp_path / "run", "--seed", 7), capsys)
     import imageio.v2 as imageio
 
     with imageio.get_reader(tmp_path / "run" / "evaluation.mp4") as video:
