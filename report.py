@@ -60,8 +60,8 @@ Row = dict[str, str]
 
 @dataclass
 class Args:
-    add: tuple[str, ...] = ()  # folders of finished runs: write what they have shown under results/ and stop
-    compare: tuple[str, ...] = ()  # two variants, ALGO or ALGO:TAG: print their difference and stop
+    add: tuple[str, ...] | None = None  # folders of finished runs: write what they have shown under results/ and stop
+    compare: tuple[str, str] | None = None  # two variants, ALGO or ALGO:TAG: print their difference and stop
     docs: bool = False  # fill the tables of README and docs/ from results/, draw results/scores.png and stop
     results_dir: str | None = None  # where summary.csv and curves/ are; None: results/ beside this file
     runs_dir: str | None = None  # where run folders are; None: runs/ beside this file
@@ -554,12 +554,15 @@ def write_report(results: Path, runs: Path | None, out: Path) -> None:
 
 
 def main(args: Args) -> None:
-    results, runs = Path(args.results_dir or HERE / "results"), Path(args.runs_dir or HERE / "runs")
+    results = Path(args.results_dir or HERE / "results").expanduser()
+    runs = Path(args.runs_dir or HERE / "runs").expanduser()
+    if args.runs_dir and not runs.is_dir():
+        raise UserError(f"--runs-dir {runs}: no such folder")
     runs = runs if runs.is_dir() else None
-    if args.add:
+    if args.add is not None:
         folders = [Path(path) for path in args.add if not path.endswith(".log")]  # seed* finds benchmark.sh's logs, too
         if not folders:
-            raise UserError("--add: these are logs; name run folders")
+            raise UserError("--add: name run folders")
         add(folders, results)
     elif args.compare:
         print(compare(args.compare, groups_of(gather(results, runs)[0])))

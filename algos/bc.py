@@ -16,7 +16,7 @@ Cost and scores: results/summary.csv (measured, one row per task, dataset, seed,
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ class Args:
     steps: Whole | None = None  # gradient updates; None: 256 epochs, one update per transition at batch 256 (Table 9)
     batch_size: Count = 256  # transitions (Table 9)
     lr: Rate = 1e-4  # Adam (DIFF 5)
+    image_size: Annotated[int, (15, 1024)] = 84  # pixels per side of a standard set
+    encoder_width: Count = 32  # channels of its four convolutions
     feature_dim: Count = 50  # width of the trunk after the encoder
     hidden_dim: Count = 1024  # width of the actor's two layers
     bc_noise: bool = False  # regress a noisy clipped sample (released code; its schedule: --noise-steps 125000)
@@ -67,7 +69,6 @@ class Args:
 TUNED: dict = {}  # the paper gives BC one setting for all rows
 QUICK = {("*", "*"): {"transitions": 20_000, "batch_size": 128, "lr": 3e-4, "steps": 3_000, "eval_every": 500}}
 
-SIZE = 84  # pixels per side of a standard set
 FRAME_STACK = 3  # frames per observation, in the order they were seen
 
 
@@ -85,7 +86,7 @@ def init_weights(module: nn.Module) -> None:
 class Encoder(nn.Module):
     """Pixels to embedding. obs (B, C, S, S) float32 in [-0.5, 0.5]  ->  embed (B, E); S = 84: E = 39200."""
 
-    def __init__(self, channels: int, size: int, width: int = 32):
+    def __init__(self, channels: int, size: int, width: int):
         super().__init__()
         if size < 15:
             raise UserError(f"images of {size} px are too small for this encoder; it needs 15 or more")
@@ -167,7 +168,7 @@ class Agent(nn.Module):
         super().__init__()
         self.args = args
         channels, size, _ = obs_shape
-        self.encoder = Encoder(channels, size)
+        self.encoder = Encoder(channels, size, args.encoder_width)
         self.actor = Actor(self.encoder.embed_dim, action_dim, args.feature_dim, args.hidden_dim)
         self.apply(init_weights)  # all of it: load pretrained weights after this line
         self.encoder.to(memory_format=torch.channels_last)  # faster convolutions, same numbers up to rounding
@@ -251,7 +252,7 @@ def evaluate_run(args: Args) -> None:
 def main(args: Args) -> None:
     if args.evaluate:
         return evaluate_run(args)
-    dataset = common.open_dataset(args, SIZE)  # a standard set is made on the spot if it is missing
+    dataset = common.open_dataset(args, args.image_size)  # a standard set is made on the spot if it is missing
     if args.steps is None:
         args.steps = 256 * dataset.num_transitions // args.batch_size  # DIFF 4: 256 epochs
     run = common.Run(args, dataset)  # its folder and lock; seeds torch

@@ -25,7 +25,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -56,6 +56,8 @@ class Args:
     steps: Whole | None = None  # gradient updates; None: 256 epochs, one update per transition at batch 256 (Table 9)
     batch_size: Count = 256  # transitions (Table 9)
     lr: Rate = 1e-4  # Adam, of encoder and critic and of the actor (DIFF 2)
+    image_size: Annotated[int, (15, 1024)] = 84  # pixels per side of a standard set
+    encoder_width: Count = 32  # channels of its four convolutions
     feature_dim: Count = 50  # width of the trunk after the encoder
     hidden_dim: Count = 1024  # width of the two layers of actor and critics
     cql_alpha: Weight = 1.0  # weight of the conservative term: TUNED below (Table 10); 1.0 where the paper gives none
@@ -94,7 +96,6 @@ TUNED = {  # Table 10; it has no humanoid: 1.0, the released configuration's def
 QUICK = {("*", "*"): {"transitions": 20_000, "batch_size": 128, "lr": 3e-4, "hidden_dim": 256, "steps": 3_000,
                      "eval_every": 500}}  # fmt: skip
 
-SIZE = 84  # pixels per side of a standard set
 FRAME_STACK = 3  # frames per observation, in the order they were seen
 
 
@@ -112,7 +113,7 @@ def init_weights(module: nn.Module) -> None:
 class Encoder(nn.Module):
     """Pixels to embedding. obs (B, C, S, S) float32 in [-0.5, 0.5]  ->  embed (B, E); S = 84: E = 39200."""
 
-    def __init__(self, channels: int, size: int, width: int = 32):
+    def __init__(self, channels: int, size: int, width: int):
         super().__init__()
         if size < 15:
             raise UserError(f"images of {size} px are too small for this encoder; it needs 15 or more")
@@ -215,7 +216,7 @@ class Agent(nn.Module):
         super().__init__()
         self.args = args
         channels, size, _ = obs_shape
-        self.encoder = Encoder(channels, size)
+        self.encoder = Encoder(channels, size, args.encoder_width)
         dims = self.encoder.embed_dim, action_dim, args.feature_dim, args.hidden_dim
         self.actor, self.critic, self.critic_target = Actor(*dims), Critic(*dims), Critic(*dims)
         self.apply(init_weights)  # all of it: load pretrained weights after this line
@@ -349,7 +350,7 @@ def evaluate_run(args: Args) -> None:
 def main(args: Args) -> None:
     if args.evaluate:
         return evaluate_run(args)
-    dataset = common.open_dataset(args, SIZE)  # a standard set is made on the spot if it is missing
+    dataset = common.open_dataset(args, args.image_size)  # a standard set is made on the spot if it is missing
     if args.steps is None:
         args.steps = 256 * dataset.num_transitions // args.batch_size  # DIFF 4: 256 epochs
     run = common.Run(args, dataset)  # its folder and lock; seeds torch

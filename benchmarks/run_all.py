@@ -11,12 +11,10 @@ interruption. Ctrl-C stops every run with a checkpoint; a second Ctrl-C stops at
 <its folder>.log. At the end, report.py writes report/ and failures are named. Several calls at once share the work. The
 status is 0 if every run that is possible has finished, or is running elsewhere.
 
-Nothing here is known by an algorithm's name: a file's own Args, TUNED, QUICK and SIZE are read, so your
-algos/my_idea.py is a row like any other."""
+Nothing here is known by an algorithm's name: your algos/my_idea.py is a row like any other."""
 
 import collections
 import contextlib
-import difflib
 import importlib.util
 import json
 import os
@@ -28,7 +26,6 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 import filelock
 import torch
@@ -82,7 +79,7 @@ class Row:
 def list_rows(table: Args, extra: list[str]) -> list[Row]:
     """All rows of the table, their states as they are now. Raises UserError for a name that does not exist."""
     modules, rows = {}, []
-    for algo in names_in(table.algos) or sorted(file.stem for file in (ROOT / "algos").glob("*.py")):
+    for algo in names_in(table.algos) if table.algos else sorted(file.stem for file in (ROOT / "algos").glob("*.py")):
         try:
             modules[algo] = load(algo)
         except UserError as error:
@@ -103,6 +100,11 @@ def list_rows(table: Args, extra: list[str]) -> list[Row]:
     return rows
 
 
+def here(name: str) -> str:
+    """A file of this checkout, from the current folder."""
+    return os.path.relpath(ROOT / name)
+
+
 def names_in(text: str) -> list[str]:
     """The names that commas separate, each once."""
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
@@ -110,14 +112,8 @@ def names_in(text: str) -> list[str]:
 
 def check_task(task: str) -> None:
     """Raises UserError if dm_control has no such task. Those of manipulation.py are known where they are made."""
-    if task.startswith(common.MANIPULATION) or (collect.POLICIES / task).is_dir():
-        return
-    with mock.patch.dict(os.environ, MUJOCO_GL="off"):  # the import would start a renderer
-        from dm_control import suite
-    known = sorted("-".join(pair) for pair in suite.ALL_TASKS)
-    if task not in known:
-        near = difflib.get_close_matches(task, known, 1)
-        raise UserError(f"--tasks {task}: no such task; {near[0] + '?' if near else 'there are ' + ', '.join(known)}")
+    if not task.startswith(common.MANIPULATION) and not (collect.POLICIES / task).is_dir():
+        common.make_env(task, size=None)
 
 
 def load(algo: str):
@@ -133,7 +129,7 @@ def load(algo: str):
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever a script under way may raise
         raise UserError(f"algos/{algo}.py cannot be imported ({type(error).__name__}: {error})") from None
-    if missing := [part for part in ("Args", "TUNED", "QUICK", "SIZE") if not hasattr(module, part)]:
+    if missing := [part for part in ("Args", "TUNED", "QUICK") if not hasattr(module, part)]:
         raise UserError(f"algos/{algo}.py is no algorithm: it has no {', '.join(missing)}")
     return module
 
@@ -144,20 +140,23 @@ def rows_of(table: Args, algo: str, module, task: str, dataset: str, tail: list[
     args = common.typed_args(module.Args, module.TUNED, module.QUICK, [*head, *tail])
     make, why, source, stage = "", "", args.source, []
     if dataset in NAMED_SETS:
-        folder, recipe = common.standard_set(args, module.SIZE)
-        stage = ["benchmarks/stage.py", str(folder.absolute()), table.stage_dir] if table.stage_dir else []
-        make = "" if (folder / "meta.json").exists() else shlex.join(["python", *recipe])
+        size = getattr(args, "image_size", None) or module.SIZE  # world models have one size
+        folder, recipe = common.standard_set(args, size)
+        stage = [here("benchmarks/stage.py"), str(folder.absolute()), table.stage_dir] if table.stage_dir else []
+        make = "" if (folder / "meta.json").exists() else shlex.join(["python", here(recipe[0]), *recipe[1:]])
         if make and source == "made":
-            wanted = {"task": task, "dataset": dataset, "size": module.SIZE, "seed": args.data_seed}
+            wanted = {"task": task, "dataset": dataset, "size": size, "seed": args.data_seed}
             why = collect.problem_of(collect.Args(**wanted, transitions=args.transitions, data_dir=args.data_dir))
         elif make:
             why = "the official files are not there; import them with data/vd4rl.py"
     else:
-        folder, source = Path(dataset), Dataset(dataset).source
+        folder, source, size = Path(dataset), Dataset(dataset).source, Dataset(dataset).size
+        if size != getattr(module, "SIZE", size):
+            why = f"{folder} has images of {size} px; algos/{algo}.py needs {module.SIZE}"
     for seed in range(int(table.seeds)) if table.seeds.isdigit() else map(int, names_in(table.seeds)):
         args.seed = args.typed["seed"] = seed
         run = common.run_folder(args, algo, folder.name, source).absolute()
-        words = [f"algos/{algo}.py", *head, "--seed", str(seed), *tail]
+        words = [here(f"algos/{algo}.py"), *head, "--seed", str(seed), *tail]
         command = shlex.join(["python", *words])
         row = Row(run, Path(f"{run}.log"), folder, dict(args.typed), make, command, [*stage, *words])
         row.state = state_of(row)
@@ -315,7 +314,7 @@ def run_here(rows: list[Row], args: Args) -> int:
     if not processes.signal and any(row.state == "finished" for row in rows):
         Path("report").mkdir(exist_ok=True)
         with filelock.FileLock("report/.lock"):  # another benchmark.sh may be as far
-            words = [sys.executable, "report.py", "--runs-dir", args.runs_dir or "runs"]
+            words = [sys.executable, here("report.py"), *(["--runs-dir", args.runs_dir] if args.runs_dir else [])]
             reported = subprocess.run(words).returncode
     for row in rows:
         if row.why:
@@ -341,8 +340,6 @@ def parse(argv: list[str]) -> tuple[Args, list[str]]:
     if args.slurm and args.gpus:
         raise UserError("--gpus: under --slurm each run has its own, --slurm-args='--gres=gpu:1'")
     visible_gpus(args.gpus)  # raises
-    if args.runs_dir:
-        args.runs_dir = str(Path(args.runs_dir).expanduser().absolute())
     names = names_in(args.datasets)
     paths = {name: Path(name).expanduser().resolve() for name in names if name not in NAMED_SETS}
     if wrong := [name for name, path in paths.items() if not path.is_dir()]:
@@ -354,9 +351,10 @@ def parse(argv: list[str]) -> tuple[Args, list[str]]:
 def main(argv: list[str]) -> int:
     """Returns the status of the process."""
     args, extra = parse(argv)
-    os.chdir(ROOT)  # where the runs begin: other relative paths mean the same here and there
     rows = list_rows(args, extra)
     todo = to_do(rows)
+    if not rows:
+        raise UserError("--algos, --tasks and --datasets name no run")
     sets = list(dict.fromkeys(row.make for row in todo if row.make))
     if args.dry_run:
         for make in sets:
@@ -370,7 +368,7 @@ def main(argv: list[str]) -> int:
     if not args.slurm:
         return run_here(rows, args)
     if todo:
-        logs = Path(args.runs_dir or "runs", "slurm").absolute()
+        logs = Path(args.runs_dir or ROOT / "runs", "slurm").expanduser().absolute()
         slurm.submit(sets, todo, logs, args.jobs, shlex.split(args.slurm_args))
     return 0
 

@@ -17,13 +17,16 @@ def stage(folder: Path, to: Path) -> None:
     target = to / folder.parent.parent.name / folder.parent.name / folder.name
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(target.parent / f".{target.name}.lock"):  # other runs of this machine may copy it
-        old = target / "meta.json"
-        if old.exists() and old.read_bytes() == (folder / "meta.json").read_bytes():
-            return
+        if target.exists():
+            if (target / "meta.json").read_bytes() == (folder / "meta.json").read_bytes():
+                return
+            if not (target / ".staged").exists():
+                raise OSError(f"{target} is another set, and no copy that was made by this; stage elsewhere")
         partial = target.with_name(f"{target.name}.partial")
         for leftover in (partial, target):
             shutil.rmtree(leftover, ignore_errors=True)
         shutil.copytree(folder, partial, ignore=shutil.ignore_patterns(".lock"))
+        (partial / ".staged").touch()
         partial.replace(target)
 
 

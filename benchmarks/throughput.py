@@ -48,7 +48,7 @@ NOTE = """ratio: other code / measured; above 1 means less time or memory here.
 Other code: V-D4RL's released (updates in fp32), measured on 2 cores of an AMD EPYC (Zen 5) only: on any other hardware
 the ratio compares machines as much as code. For rendering: dm_control's physics.render, measured here and now."""
 TASKS = ("walker-walk", "cheetah-run", "humanoid-walk")
-SIZE, ACTION_DIM, EPISODE = drq_bc.SIZE, 6, 500  # pixels; rows of a synthetic episode
+SIZE, ACTION_DIM, EPISODE = drq_bc.Args.image_size, 6, 500  # pixels; rows of a synthetic episode
 PARTS = ("update", "world", "buffer", "open", "render")
 
 

@@ -26,7 +26,7 @@ SHORT = ["--steps", 4, "--batch-size", 4, "--eval-every", 0, "--device", "cpu", 
 BAD = """import sys
 if __name__ == "__main__":
     sys.exit("no good")
-from bc import QUICK, SIZE, TUNED, Args
+from bc import QUICK, TUNED, Args
 """
 # Stands in for report.py: notes its words, and that no other one begins before its end.
 REPORT = """import sys, time
@@ -120,6 +120,7 @@ def test_filters(benchmark, words, ends):
 
 
 MISTAKES = {
+    "--algos ,": "name no run",
     "--algos nope": "no algos/nope.py; there are bad, bc",
     "--seeds 0": "--seeds 0 --jobs None: at least 1",
     "--seeds 3-5": "--seeds 3-5",
@@ -130,8 +131,8 @@ MISTAKES = {
     "--gpus x": "--gpus x: a number of GPUs",
     "--gpus 1 --slurm": "--gpus: under --slurm each run has its own",
     "--datasets exprt": "--datasets exprt: neither one of random, mixed, medium, medexp, expert, demos, partial",
-    "--tasks walker_walk": "--tasks walker_walk: no such task; walker-walk?",
-    "--tasks juggling": "no such task; there are acrobot-swingup, ",
+    "--tasks walker_walk": "--task walker_walk: no such task (meant walker-walk?)",
+    "--tasks juggling": "no such task. There are: acrobot-swingup, ",
 }
 
 

@@ -44,6 +44,9 @@ def test_sets_are_staged_whole(tmp_path):
     write_set(path, (8,), 21, seed=5)  # the set was made anew
     stage.stage(path, tmp_path / "node")
     assert common.Dataset(copy).num_transitions == 8
+    write_set(tmp_path / "theirs/made/own/random-21px", (6,), 21)
+    with pytest.raises(OSError, match="is another set, and no copy"):
+        stage.stage(path, tmp_path / "theirs")
     for to, text in (("$UNSET_HERE", "$UNSET_HERE: it names a variable"), (path / "meta.json", "Not a directory")):
         done = subprocess.run([sys.executable, stage.__file__, path, to], capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith("error: --stage-dir ") and text in done.stderr

@@ -157,7 +157,7 @@ def test_a_broken_run_is_one_line_and_nothing_is_written(tmp_path, name):
         add(tmp_path, good, bad)
     assert str(bad) in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "results").exists()
-    with pytest.raises(UserError, match="these are logs"):  # benchmark.sh's, which a shell's seed* finds, too
+    with pytest.raises(UserError, match="name run folders"):  # benchmark.sh's, which a shell's seed* finds, too
         add(tmp_path, tmp_path / "seed0.log")
     assert len(add(tmp_path, good, tmp_path / "seed0.log")) == 1
 

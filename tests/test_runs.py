@@ -458,7 +458,7 @@ RANGES = """bc --hidden-dim 0; bc --batch-size 0; bc --log-every 0; bc --eval-ep
 bc --seed -1; bc --lr nan; bc --lr -1; bc --transitions 0; drq_bc --gamma 5; drq_bc --gamma -1; drq_bc --gamma nan;
 drq_bc --tau 1.5; drq_bc --nstep 0; cql --cql-samples 0; cql --cql-alpha -1; offline_dv2 --horizon 1;
 offline_dv2 --ensemble 0; lompo --agent-batch-size 1; lompo --rollout-noise -1; moto --kl-balance 1.1; moto --window 1;
-moto --bc-quantile 2"""
+moto --bc-quantile 2; cql --image-size 14"""
 MISTAKES = [
     ("bc", "--steps 0", "no updates are asked for"),
     ("bc", "--tag ../../x", "--tag ../../x: letters, digits, - and _"),
