@@ -610,8 +610,9 @@ def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
     if first.evaluate and idle:
         raise UserError(f"--evaluate: --{idle[0].replace('_', '-')} would change nothing, the run's own flags count")
     args.eval_every = None if first.evaluate else args.eval_every
-    if not re.fullmatch(r"([\w-][\w.-]*)?", args.tag):
-        raise UserError(f"--tag {args.tag}: letters, digits, - and _")
+    for flag, name in {"tag": args.tag, "task": task}.items():  # they become folders
+        if not re.fullmatch(r"([\w-][\w.-]*)?", name):
+            raise UserError(f"--{flag} {name}: letters, digits, - and _")
     if (args.transitions or args.data_seed) and (own or args.source != "made"):
         flags = f"--transitions {args.transitions} --data-seed {args.data_seed}"
         raise UserError(f"{flags}: only standard sets that are made here have these")

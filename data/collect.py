@@ -31,7 +31,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[1:1] = [str(ROOT), str(ROOT / "data")]
 import store  # noqa: E402
-from published import print_statistics  # noqa: E402
+from published import print_statistics, standard_transitions  # noqa: E402
 
 import common  # noqa: E402
 from common import BAR_SECONDS, Count, Dataset, EnvPool, UserError, Weight, Whole, check_ranges, cores  # noqa: E402
@@ -343,7 +343,7 @@ def main(args: Args) -> None:
         return store.set_folder(args.data_dir, "made", args.task, name + noise, args.size, transitions, args.seed)
 
     def make(name: str, transitions: int | None) -> np.ndarray:
-        total = transitions or store.standard_transitions(args.task, name)
+        total = transitions or standard_transitions(args.task, name)
         return collect(args, name, total, folder(name, transitions))
 
     if args.dataset == "medexp":

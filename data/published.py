@@ -27,6 +27,12 @@ MOTO_TABLE_1 = {
 }  # fmt: skip
 
 
+def standard_transitions(task: str, name: str) -> int:
+    """The size of the published set (Table 5; demos: MOTO's, arXiv:2401.03306 Appendix C.2)."""
+    mixed = {"cheetah-run": 200_000, "humanoid-walk": 600_000}.get(task, 100_000)
+    return {"mixed": mixed, "medexp": 200_000, "demos": 1_000}.get(name, 100_000)
+
+
 def print_statistics(task: str, name: str, ours: dict[str, float], label: str, episodes: int) -> None:
     """ours: of store.return_statistics; label: how the set came about."""
     published = "MOTO's Table 1" if task in MOTO_TABLE_1 else "V-D4RL's Table 5"

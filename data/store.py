@@ -13,15 +13,10 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[1:1] = [str(ROOT), str(ROOT / "data")]
+import common  # noqa: E402
 from common import ARRAYS, UserError, provenance, standard_set, write_atomically  # noqa: E402
 
 HEADER = 128  # bytes before the rows of a .npy file
-STANDARD_TRANSITIONS = {("cheetah-run", "mixed"): 200_000, ("humanoid-walk", "mixed"): 600_000}  # else as below
-
-
-def standard_transitions(task: str, name: str) -> int:
-    """The size of the published set (V-D4RL Table 5; demos: MOTO's, arXiv:2401.03306 Appendix C.2)."""
-    return STANDARD_TRANSITIONS.get((task, name), {"medexp": 200_000, "demos": 1_000}.get(name, 100_000))
 
 
 def set_folder(data_dir, source: str, task: str, name: str, size: int, transitions=None, seed: int = 0) -> Path:
@@ -106,12 +101,14 @@ class DatasetWriter:
 
     def __init__(self, path, size: int, action_dim: int, task: str = "own", source: str = "own", render: str = "fast",
                  mujoco: str | None = None, recipe: dict | None = None):  # fmt: skip
-        if not all(isinstance(number, int) and number >= 1 for number in (size, action_dim)):
-            raise UserError(f"{path}: size {size} and action_dim {action_dim} must be whole numbers, 1 or more")
         self.path, self.progress, self.files = Path(path), Path(path, "progress.json"), {}
         self.boundaries = [0]  # the row behind each whole episode
-        self.meta = {"task": task, "source": source, "name": self.path.name, "size": size, "action_dim": action_dim,
-                     "render": render, "mujoco": mujoco, "recipe": recipe or {}}  # fmt: skip
+        meta = {"task": task, "source": source, "name": self.path.name, "size": size, "action_dim": action_dim,
+                "render": render, "mujoco": mujoco, "recipe": recipe or {}}  # fmt: skip
+        self.meta = json.loads(json.dumps(meta, default=lambda number: number.item()))  # of NumPy
+        wrong = [name for name, kind in common.META.items() if not isinstance(self.meta[name], kind)]
+        if wrong or min(size, action_dim) < 1 or render not in common.RENDER_QUALITY:  # Dataset would refuse it
+            raise UserError(f"{path}: a wrong value of {wrong or 'size, action_dim or render'} in {meta}")
         self.shapes = {"image": (3, size, size), "action": (action_dim,), "reward": (), "discount": ()}
 
     def __enter__(self):
@@ -120,8 +117,8 @@ class DatasetWriter:
             opened.callback(take_lock(self.path / ".lock", wait=True).release)
             self.complete = (self.path / "meta.json").exists()  # perhaps made by the process that was waited for
             if not self.complete:
-                saved = json.loads(self.progress.read_text()) if self.progress.exists() else {}
-                if saved.get("meta") == json.loads(json.dumps(self.meta)):
+                saved = common.read(self.progress) if self.progress.exists() else {}
+                if saved.get("meta") == self.meta:
                     self.boundaries = saved["boundaries"]
                 elif saved:
                     print(f"{self.path}: begun anew, the unfinished set there was of another recipe")
@@ -148,8 +145,8 @@ class DatasetWriter:
     def add(self, frames, actions, rewards, terminal: bool = False) -> None:
         """frames (T+1, S, S, 3) uint8; actions (T, A) in [-1, 1], action t leads from frame t to frame t+1;
         rewards (T,); terminal: whether the last step ended the episode for good (not by a time limit)."""
-        if self.complete:
-            raise UserError(f"{self.path} is finished; delete it to make it anew, or give another path")
+        if not self.files:
+            raise UserError(f"{self.path} is finished (delete it to make it anew), or this is outside the with block")
         frames, actions, rewards = self.checked(frames, actions, rewards, terminal)
         boundary = self.boundaries[-1] + len(frames)
         with plain_errors(self.path):
@@ -193,10 +190,10 @@ class DatasetWriter:
         for name, shape in self.shapes.items():
             write_header(self.files[name], np.dtype(ARRAYS[name]), (self.boundaries[-1], *shape))
             self.files[name].truncate(self.end(name))
-            self.files[name].flush()
-        np.save(self.path / "episode.npy", np.array(self.boundaries[:-1], np.int64))
-        for name in ARRAYS:
-            with open(self.path / f"{name}.npy", "r+b") as file:
+        with open(self.path / "episode.npy", "wb") as self.files["episode"]:
+            np.save(self.files["episode"], np.array(self.boundaries[:-1], np.int64))
+            for file in self.files.values():
+                file.flush()
                 os.fsync(file.fileno())
         write_meta(self.path, self.meta)
         self.progress.unlink()

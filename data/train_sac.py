@@ -34,8 +34,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[1:1] = [str(ROOT), str(ROOT / "data")]
 from collect import EPISODE, GRID, POLICIES, STATE_EVERY, SACPolicy, get_state, policy_file  # noqa: E402
-from published import TABLE_5  # noqa: E402
-from store import return_statistics, standard_transitions, take_lock  # noqa: E402
+from published import TABLE_5, standard_transitions  # noqa: E402
+from store import return_statistics, take_lock  # noqa: E402
 
 from common import Count, EnvPool, Share, UserError, Weight, Whole, check_ranges, make_env, one_line_errors  # noqa: E402
 

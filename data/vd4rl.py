@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[1:1] = [str(ROOT), str(ROOT / "data")]
 import official  # noqa: E402
 from official import Episode, Notes  # noqa: E402
-from published import TABLE_5, print_statistics  # noqa: E402
-from store import DatasetWriter, return_statistics, set_folder, sha256, standard_transitions  # noqa: E402
+from published import TABLE_5, print_statistics, standard_transitions  # noqa: E402
+from store import DatasetWriter, return_statistics, set_folder, sha256  # noqa: E402
 
 from common import BAR_SECONDS, Dataset, UserError, one_line_errors  # noqa: E402
 
@@ -113,6 +113,8 @@ def names_from(path: Path, task: str | None, name: str | None) -> tuple[str, str
     parts = ["", "", "", *(part for part in path.resolve().parts if not re.fullmatch(r"\d+px", part))]
     task = task or parts[-2].replace("_", "-")
     if name:
+        if not re.fullmatch(r"[\w-][\w.-]*", name):
+            raise UserError(f"--name {name}: letters, digits, - and _")
         return task, name
     if parts[-1] not in OURS or task not in TASKS:
         raise UserError(f"{path}: no official folder <task>/<set>/<size>px; give --task and --name")

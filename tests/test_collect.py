@@ -14,8 +14,7 @@ import tyro
 import vd4rl
 from collect import POLICIES, Args, SACPolicy
 from conftest import run_python
-from published import TABLE_5
-from store import standard_transitions
+from published import TABLE_5, standard_transitions
 from test_data import digests, load
 
 from common import Dataset, UserError, make_env
