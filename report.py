@@ -556,7 +556,7 @@ def write_report(results: Path, runs: Path | None, out: Path) -> None:
 def main(args: Args) -> None:
     results = Path(args.results_dir or HERE / "results").expanduser()
     runs = Path(args.runs_dir or HERE / "runs").expanduser()
-    if args.runs_dir and not runs.is_dir():
+    if args.runs_dir and not runs.is_dir() and args.add is None:
         raise UserError(f"--runs-dir {runs}: no such folder")
     runs = runs if runs.is_dir() else None
     if args.add is not None:
