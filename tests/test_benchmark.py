@@ -50,6 +50,7 @@ def repo(tmp_path, monkeypatch):
     (path / "algos" / "bad.py").write_text(BAD)
     (path / "report.py").write_text(REPORT)
     monkeypatch.setattr(run_all, "ROOT", path)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # bc.py puts this checkout there, with its report.py
     monkeypatch.chdir(path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     for name in ("CUDA_VISIBLE_DEVICES", "CLEANPIXELS_DATA", "MUJOCO_EGL_DEVICE_ID"):
@@ -95,6 +96,7 @@ def interrupt_when(condition) -> None:
 
 def test_the_whole_table(benchmark, monkeypatch, tmp_path):
     monkeypatch.setattr(run_all, "ROOT", ROOT)
+    monkeypatch.chdir(ROOT)
     monkeypatch.setenv("CLEANPIXELS_DATA", str(tmp_path))
     _, lines = benchmark("--dry-run", "--runs-dir", tmp_path / "runs")
     files = len(list((ROOT / "algos").glob("*.py")))
@@ -246,6 +248,6 @@ def test_two_equal_ones_at_once(repo, own, tmp_path):
     assert not any("failed" in output for output in outputs)
     logs = [log.read_text() for log in tmp_path.glob("runs/bc/own/own/*.log")]
     assert len(logs) == 2 and all(log.count("\nfinished: ") == 1 for log in logs)
-    assert [line.split()[0] for line in (repo / "report.txt").read_text().splitlines()] == ["begin", "end"] * 2
+    assert [line.split()[0] for line in (tmp_path / "report.txt").read_text().splitlines()] == ["begin", "end"] * 2
     done = subprocess.run([*command, "--seed", "1"], capture_output=True, **flags)
     assert done.returncode == 1 and re.fullmatch("error: --seed behind --.*\n", done.stderr)
