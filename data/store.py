@@ -109,6 +109,7 @@ class DatasetWriter:
         wrong = [name for name, kind in common.META.items() if not isinstance(self.meta[name], kind)]
         if wrong or min(size, action_dim) < 1 or render not in common.RENDER_QUALITY:  # Dataset would refuse it
             raise UserError(f"{path}: a wrong value of {wrong or 'size, action_dim or render'} in {meta}")
+        size, action_dim = self.meta["size"], self.meta["action_dim"]
         self.shapes = {"image": (3, size, size), "action": (action_dim,), "reward": (), "discount": ()}
 
     def __enter__(self):

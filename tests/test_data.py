@@ -246,17 +246,25 @@ def test_a_writer_killed_while_it_finishes_finishes_later(tmp_path, wanted, monk
 def test_another_recipe_starts_anew(tmp_path, wanted):
     path, (first, second) = tmp_path / "set", two_episodes()
     for seed in (0, 1, 0):
-        with contextlib.suppress(InterruptedError), DatasetWriter(path, 8, 2, recipe={"seed": seed}) as writer:
+        with contextlib.suppress(InterruptedError), DatasetWriter(path, 8, 2, recipe={"a": np.int64(seed)}) as writer:
             assert writer.episodes == 0  # also the first recipe's: another may have written over it
             writer.add(*first)
             raise InterruptedError
-    with DatasetWriter(path, 8, 2, recipe={"seed": 0}) as writer:
+    with DatasetWriter(path, np.int64(8), 2, recipe={"a": 0}) as writer:
         assert writer.episodes == 1
         writer.add(*second)
     assert digests(path) == wanted
 
 
+@pytest.mark.parametrize("flags", [{"size": 0}, {"action_dim": 2.5}, {"task": 5}, {"mujoco": 3}, {"render": "best"}])
+def test_the_writer_refuses_what_opening_would_refuse(tmp_path, flags):
+    with pytest.raises(UserError, match="a wrong value of"):
+        DatasetWriter(tmp_path / "set", **{"size": 8, "action_dim": 2} | flags)
+
+
 def test_an_empty_and_a_finished_set(tmp_path):
+    with pytest.raises(UserError, match="outside the with block"):
+        DatasetWriter(tmp_path / "set", 12, 2).add(*synthetic_episode(0, 3, 12, 2, np.random.default_rng(0)))
     with pytest.raises(UserError, match="set: no episode was added"), DatasetWriter(tmp_path / "set", 12, 2):
         pass
     before = digests(path := write_set(tmp_path / "set"))

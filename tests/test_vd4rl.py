@@ -148,6 +148,7 @@ def test_any_cut_gives_the_same_episodes(tmp_path_factory, lengths, data):
     ("main/walker_walk/medium_rare/84px", (None, None), "give --task and --name"),
     ("main/hopper_hop/medium/84px", (None, None), "give --task and --name"),
     ("distracting/walker_walk/random/64px", (None, None), "--name: "),
+    ("main/walker_walk/random/64px", (None, "a/../../b"), "--name a/../../b: letters"),
 ])  # fmt: skip
 def test_names(path, flags, expected):
     with contextlib.nullcontext() if isinstance(expected, tuple) else pytest.raises(UserError, match=expected):
