@@ -357,11 +357,11 @@ class LatentBuffer:
         self.first = buffer.lengths.cumsum(0) - buffer.lengths  # row of each episode
         leads_on = torch.ones(rows, dtype=torch.bool)
         leads_on[self.first + buffer.lengths - 1] = False  # an episode's last row leads nowhere
-        self.starts = leads_on.nonzero().flatten().to(self.device)
+        self.real_rows = leads_on.nonzero().flatten().to(self.device)
         self.feat = torch.zeros(rows, feat_dim, device=self.device)
         widths = {"feat": (feat_dim,), "action": (buffer.action_dim,), "reward": (), "penalty": (), "discount": ()}
         widths["next_feat"] = (feat_dim,)
-        self.ring = {n: torch.zeros(len(self.starts), *width, device=self.device) for n, width in widths.items()}
+        self.ring = {n: torch.zeros(len(self.real_rows), *width, device=self.device) for n, width in widths.items()}
         self.written = self.refreshed = 0  # transitions imagined, episodes whose states were drawn anew, so far
 
     def episode_rows(self, episodes: Tensor) -> tuple[Tensor, Tensor]:
@@ -372,7 +372,7 @@ class LatentBuffer:
         return rows.to(self.device), inside.to(self.device)
 
     def add(self, imagined: Transitions) -> None:
-        size, count = len(self.starts), len(imagined.reward)
+        size, count = len(self.real_rows), len(imagined.reward)
         place = torch.arange(self.written, self.written + count, device=self.device)[-size:] % size
         for name, value in imagined._asdict().items():
             self.ring[name][place] = value[-size:]
@@ -384,8 +384,8 @@ class LatentBuffer:
         row       row            row + 1         arrival rows
         state     feat           next_feat
         action    -------------> action, with the reward and discount it led to"""
-        row = self.starts[torch.randint(len(self.starts), (count // 2,), device=self.device)]
-        filled = min(self.written, len(self.starts))
+        row = self.real_rows[torch.randint(len(self.real_rows), (count // 2,), device=self.device)]
+        filled = min(self.written, len(self.real_rows))
         place = torch.randint(filled, (count - count // 2,), device=self.device)
         action, reward, discount = (x[row + 1] for x in (self.buffer.action, self.buffer.reward, self.buffer.discount))
         real = Transitions(self.feat[row], action, reward, torch.zeros_like(reward), discount, self.feat[row + 1])
@@ -602,7 +602,7 @@ def refill(agent: Agent, latent: LatentBuffer, embeds: Tensor, update: int) -> N
     while True:
         batch = buffer.sample(images=False)
         latent.add(agent.rollout(latent, batch, embeds[batch.row]))
-        if update > 0 or latent.written >= len(latent.starts) // 2:  # DIFF 3
+        if update > 0 or latent.written >= len(latent.real_rows) // 2:  # DIFF 3
             return
 
 

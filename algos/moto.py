@@ -6,11 +6,11 @@ one episode in the environment, some updates, the next episode. No code of the a
     rollout from every state of the windows H steps under the actor; r^t on arrival, less penalty_coef * u
     values  V0^t = min_i Q_i(s^t, a^t), a^t ~ pi;  V^t = r^{t+1} + gamma Vhat^{t+1}
             Vhat^t = (1 - td_lambda) V0^t + td_lambda V^t,  Vhat^H = V0^H        Eq. 4 and 5 as a recursion
-    L_pi = -mean_{t < H} (Vhat^t + actor_ent * entropy^t) - bc_coef * mean f log pi(a_data | s_data)   Eq. 6 and 10
+    L_pi = -mean_{t < H} (Vhat^t + actor_ent * entropy^t) - bc_coef * mean worth * log pi(a_data | s_data)  Eq. 6 and 10
     L_Q  = sum_i [ mean_{t < H} (Vbar^t - Q_i(s^t, a^t))^2                                               Eq. 7
                  + mean_data (r_{j+1} + gamma d_{j+1} V0bar(s_{j+1}) - Q_i(s_j, a_j))^2 ]                Eq. 8
-    bar: by the target critics. r in Eq. 8: as it is in the data. d: 0 after a terminal step, else 1. f: whether an
-    action is worth imitating (--bc-filter).
+    bar: by the target critics. r in Eq. 8: as it is in the data. d: 0 after a terminal step, else 1. worth:
+    1 where an action is worth imitating, else 0 (the paper's f; --bc-filter).
 
 Dims: B windows, T rows of a window, M = B T states, H horizon, A action, E embedding, S stoch, K classes, D deter,
 F = S K + D feat, N ensemble.
@@ -80,7 +80,7 @@ class Args:
     free_nats: Weight = 1.0  # below it the mean KL has no gradient
     penalty_coef: Weight = 10.0  # alpha of Eq. 3 (Appendix C.3); 0: Figure 3's ablation
     value: Literal["expansion", "dreamer"] = "expansion"  # dreamer: DreamerV2's lambda-returns, a critic of states
-    bc_filter: Literal["success", "return", "all"] = "return"  # f of the imitation term (DIFF 7)
+    bc_filter: Literal["success", "return", "all"] = "return"  # what is worth imitating (DIFF 7)
     bc_quantile: Share = 0.5  # return: of the episodes in the buffer, those above this quantile
     bc_success_reward: Weight = 1.0  # success: an episode with a step of at least this reward
     bc_coef: Weight = 10.0  # beta, weight of the imitation term (Appendix C.3); 0: Figure 3's ablation
@@ -491,7 +491,7 @@ class Agent(nn.Module):
         return states, policies, actions
 
     def actor_loss(self, start: State, batch: Sequences, worth: Tensor) -> tuple[Tensor, list[Tensor], Metrics]:
-        """Eq. 6 and the imitation term. start: states (B, T, ...) of the windows, without gradient; worth (B, T): f.
+        """Eq. 6 and the imitation term. start: states (B, T, ...) of the windows, without gradient; worth (B, T).
         Returns loss (); the rollout without gradient, for the critics; metrics.
 
         index      0       1    ...  H-1    H
@@ -518,7 +518,7 @@ class Agent(nn.Module):
         # row       t          t+1          arrival rows: the action that was taken in feat[t] lies in the next row
         # feat      feat[t]
         # action               action[t+1]
-        # f                    worth[t+1]   of the whole episode
+        # worth                worth[t+1]   of the whole episode
         log_prob = truncated_log_prob(self.actor(start.feat[:, :-1]), batch.action[:, 1:])
         assert log_prob.shape == worth[:, 1:].shape  # (B, T - 1)
         imitation = -(worth[:, 1:] * log_prob).mean()  # DIFF 5
@@ -560,7 +560,7 @@ class Agent(nn.Module):
         return loss, {f"critic/{name}": value.detach() for name, value in metrics.items()}
 
     def update(self, batch: Sequences, worth: Tensor | None) -> Metrics:
-        """One gradient step of model, actor and critics, from one batch (DIFF 3). worth (B, T): f of its rows; None:
+        """One gradient step of model, actor and critics, from one batch (DIFF 3). worth (B, T) of its rows; None:
         of the model alone (DIFF 9)."""
         with self.autocast():
             model_loss, states, metrics = self.model_loss(batch)
@@ -614,15 +614,15 @@ def normal_nll(mean: Tensor, x: Tensor) -> Tensor:
 
 
 class OnlineBuffer(common.SequenceBuffer):
-    """The set's windows and those of own episodes: at most `rows` rows, in memory-mapped arrays, see open()."""
+    """The set's windows and those of own episodes: at most `capacity` rows, in memory-mapped arrays, see open()."""
 
-    def __init__(self, dataset: common.Dataset, args: Args, rows: int):
+    def __init__(self, dataset: common.Dataset, args: Args, capacity: int):
         super().__init__(dataset, args.batch_size, args.window, args.seed, args.device, args.buffer_device)
-        self.set_rows, self.rows = len(self.reward), rows
-        self.online, self.files = [], {}  # rows of each own episode; name -> array
+        self.set_rows, self.capacity = len(self.reward), capacity
+        self.own_rows, self.maps = [], {}  # how many rows each own episode has; name -> array
         for name in ("action", "reward", "discount", "is_first"):
             column = getattr(self, name)
-            setattr(self, name, torch.cat([column, column.new_zeros(rows, *column.shape[1:])]))
+            setattr(self, name, torch.cat([column, column.new_zeros(capacity, *column.shape[1:])]))
 
     def open(self, folder: Path) -> None:
         """Takes the space of all episodes on the disk; reads in those that a checkpoint counts. Raises UserError."""
@@ -631,50 +631,50 @@ class OnlineBuffer(common.SequenceBuffer):
         for name, shape in shapes.items():
             file = folder / f"{name}.npy"
             try:
-                if not self.online:
-                    np.lib.format.open_memmap(file, "w+", common.ARRAYS[name], (self.rows, *shape))
+                if not self.own_rows:
+                    np.lib.format.open_memmap(file, "w+", common.ARRAYS[name], (self.capacity, *shape))
                     if hasattr(os, "posix_fallocate"):  # macOS has none; a full disk would be a bus error later
                         with open(file, "r+b") as handle:
                             os.posix_fallocate(handle.fileno(), 0, file.stat().st_size)
             except OSError as error:
-                raise UserError(f"{file}: no room for {self.rows:,} rows of own episodes ({error.strerror})") from None
-            self.files[name] = np.load(file, mmap_mode="r+")
-        self.images.append(torch.from_numpy(self.files["image"]).to(self.images[0].device))  # the map itself on a CPU
-        for episode in range(len(self.online)):
+                raise UserError(f"{file}: no room for {self.capacity:,} rows of episodes ({error.strerror})") from None
+            self.maps[name] = np.load(file, mmap_mode="r+")
+        self.images.append(torch.from_numpy(self.maps["image"]).to(self.images[0].device))  # the map itself on a CPU
+        for episode in range(len(self.own_rows)):
             self.take_in(episode)
 
     def add(self, images: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminal: bool) -> None:
         """One episode: images (T+1, 3, S, S) uint8, actions (T, A), rewards (T,); stored as arrival rows."""
-        first, last = sum(self.online), sum(self.online) + len(actions)
-        self.files["image"][first : last + 1] = images
+        first, last = sum(self.own_rows), sum(self.own_rows) + len(actions)
+        self.maps["image"][first : last + 1] = images
         for name, values in {"action": actions, "reward": rewards}.items():
-            self.files[name][first] = 0
-            self.files[name][first + 1 : last + 1] = values
-        self.files["discount"][first : last + 1] = [*[1] * len(actions), not terminal]
-        self.online.append(len(images))
-        self.take_in(len(self.online) - 1)
+            self.maps[name][first] = 0
+            self.maps[name][first + 1 : last + 1] = values
+        self.maps["discount"][first : last + 1] = [*[1] * len(actions), not terminal]
+        self.own_rows.append(len(images))
+        self.take_in(len(self.own_rows) - 1)
 
     def take_in(self, episode: int) -> None:
         """Makes windows of an episode of the files."""
-        first, count = sum(self.online[:episode]), self.online[episode]
+        first, count = sum(self.own_rows[:episode]), self.own_rows[episode]
         ours = slice(self.set_rows + first, self.set_rows + first + count)
         for name in ("action", "reward", "discount"):
-            getattr(self, name)[ours] = torch.from_numpy(self.files[name][first : first + count])
+            getattr(self, name)[ours] = torch.from_numpy(self.maps[name][first : first + count])
         self.is_first[ours.start] = True
         if self.on_gpu:
-            self.images[-1][first : first + count] = torch.from_numpy(self.files["image"][first : first + count])
+            self.images[-1][first : first + count] = torch.from_numpy(self.maps["image"][first : first + count])
         self.set_lengths(torch.cat([self.lengths, torch.tensor([count])]))
 
     def state_dict(self) -> dict:
-        return super().state_dict() | {"online": self.online}
+        return super().state_dict() | {"online": self.own_rows}
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        self.online = list(state["online"])
+        self.own_rows = list(state["online"])
 
 
 def worth_imitating(buffer: OnlineBuffer, args: Args) -> Tensor:
-    """f of each row of the buffer, 1 or 0 by its episode; 0 where no episode is yet. -> (rows,) float32.
+    """1 or 0 for each row of the buffer, by its episode; 0 where no episode is yet. -> (rows,) float32.
 
     success: the episode has a step of at least --bc-success-reward. return: its return is above the quantile of all
     episodes' returns, or equal to the highest. all: every episode."""
@@ -765,14 +765,14 @@ def main(args: Args) -> None:
     worth = worth_imitating(buffer, args)
 
     def played() -> dict[str, int]:  # own episodes so far, and the simulation steps in them
-        return {"episodes": len(buffer.online), "env_steps": repeat * (sum(buffer.online) - len(buffer.online))}
+        return {"episodes": len(buffer.own_rows), "env_steps": repeat * (sum(buffer.own_rows) - len(buffer.own_rows))}
 
     if args.offline_from and step == 0 and pool:  # where the curve begins
         run.log("eval", step, evaluate(agent, pool, args)[0] | played())
     while step < args.steps:
         phase = "model" if step < args.model_first else "offline" if step < args.offline_steps else "online"
         if phase == "online" and (step - args.offline_steps) % args.updates_per_episode == 0:
-            seed = (ONLINE_SEED + 100_000 * args.seed + len(buffer.online)) % 2**32
+            seed = (ONLINE_SEED + 100_000 * args.seed + len(buffer.own_rows)) % 2**32
             images, actions, rewards, terminal = play(agent, episode_pool, args, [seed], draw=True)
             buffer.add(images[:, 0], actions[:, 0], rewards[:, 0], terminal[0])
             run.log("episodes", step + 1, episode_pool.summary(rewards.sum(0)) | played())

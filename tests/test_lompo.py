@@ -45,7 +45,7 @@ def test_the_penalty_that_theirs_has_not():
 def test_real_transitions_are_those_of_the_set(made, dataset):
     _, latent, _ = made
     starts = [row for row in range(30) if row not in LAST]
-    assert latent.starts.tolist() == starts and (latent.feat.abs().sum(1) > 0).all()  # the last rows' states too
+    assert latent.real_rows.tolist() == starts and (latent.feat.abs().sum(1) > 0).all()  # the last rows' states too
     found, seen = latent.sample(601), set()
     real = lompo.Transitions(*(value[:300] for value in found))
     assert len(found.reward) == 601 and (real.penalty == 0).all() and (found.penalty[300:] > 0).all()
@@ -73,7 +73,7 @@ def test_states_are_filtered_over_whole_episodes(made, monkeypatch):
 def test_the_ring_is_a_list_of_the_newest(made):
     _, made_latent, _ = made
     latent = lompo.LatentBuffer(made_latent.buffer, 12)
-    size, naive, rng = len(latent.starts), [], np.random.default_rng(0)
+    size, naive, rng = len(latent.real_rows), [], np.random.default_rng(0)
     for chunk in (4, 10, *rng.integers(1, 70, 20)):  # also more than it holds
         column = torch.arange(len(naive), len(naive) + chunk).float()
         wide = column[:, None].expand(-1, 12)

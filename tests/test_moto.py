@@ -252,7 +252,7 @@ def test_the_buffer_grows_and_continues_with_the_episodes_that_counted(tmp_path)
     for count, episode in enumerate(own, 1):
         buffer.add(*episode)
         assert_buffer_is(buffer, [*episodes_of(path), *own[:count]])  # the second one is shorter than a window
-    assert len(buffer.online) == 3 and sum(buffer.online) == 11 + 3
+    assert len(buffer.own_rows) == 3 and sum(buffer.own_rows) == 11 + 3
     state = buffer.state_dict()
     state = {"generator": state["generator"].clone(), "online": list(state["online"])}
     expected = buffer.sample()
