@@ -860,7 +860,8 @@ def write_atomically(path: Path, content) -> None:
     except (OSError, RuntimeError) as error:  # torch's, of a full disk
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"{path}: {error}; what was complete before is kept") from None
+        reason = getattr(error, "strerror", "not written, perhaps the disk is full")
+        raise UserError(f"{path}: {reason}; what was complete before is kept") from None
 
 
 def provenance(device: str) -> dict:
