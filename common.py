@@ -179,11 +179,11 @@ def make_env(task: str, size: int | None = 84, frame_stack: int = 3, render: str
                 simulator = make_simulator(task, render)
             else:
                 simulator = DMCSimulator(task)
-    except ModuleNotFoundError as error:
+    except (ModuleNotFoundError, AttributeError) as error:  # no package, or a mujoco that dm_control does not know
         how = "pip install -r requirements.txt"
         if task.startswith(MANIPULATION):
             how = "manipulation.py beside common.py, and pip install -r requirements-manipulation.txt"
-        raise UserError(f"--task {task} needs {error.name}: {how}") from None
+        raise UserError(f"--task {task} needs other packages ({error}): {how}") from None
     except KeyError as error:
         guess = difflib.get_close_matches(task, error.args[0].split(", "), 1, 0.8)
         meant = f" (meant {guess[0]}?)" if guess else ""
