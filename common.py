@@ -749,6 +749,7 @@ class Run:
         """Once after every update: moves the progress bar and decides what is due. Evaluations: 20 a run, and at its
         end. Checkpoints: at every evaluation (also where --eval-every is 0), every five minutes, when asked to stop.
         Metrics: every --log-every, and before every checkpoint: none is written after one that is not finite."""
+        self.bar.set_description(None, refresh=False)
         self.bar.update(1)
         every = self.args.eval_every or -(-self.args.steps // 20)
         self.eval_due = step % every == 0 or step == self.args.steps
@@ -773,7 +774,6 @@ class Run:
             csv.writer(file).writerows([row, row.values()] if file.tell() == 0 else [row.values()])
         if part == "eval":
             self.bar.unpause()  # its updates per second leave evaluations out
-            self.bar.set_description(None, refresh=False)
             success = f", success {row['success']:.0f} %" if "success" in row else ""
             self.bar.write(f"step {step}: score {row['score']:.1f}{success}")
         else:
