@@ -47,7 +47,7 @@ class Args:
     algos: str = ""  # files in algos/ without .py, separated by commas; empty: all
     tasks: str = "walker-walk,cheetah-run,humanoid-walk"  # domain-task, or metaworld-..., separated by commas
     datasets: str = ",".join(STANDARD_SETS)  # names or folders of sets, separated by commas
-    seeds: str = "6"  # how many, from 0; or several, separated by commas: 3,4
+    seeds: str = "6"  # how many, from 0; or which, with commas: 3,4 or, for one, 3,
     source: str = ""  # as in every algorithm
     tag: str = ""  # as in every algorithm
     quick: bool = False  # as in every algorithm
@@ -129,7 +129,8 @@ def load(algo: str):
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever a script under way may raise
         raise UserError(f"algos/{algo}.py cannot be imported ({type(error).__name__}: {error})") from None
-    if missing := [part for part in ("Args", "TUNED", "QUICK") if not hasattr(module, part)]:
+    missing = [part for part in ("Args", "TUNED", "QUICK", "SIZE") if not hasattr(module, part)]
+    if missing and not (missing == ["SIZE"] and hasattr(module.Args, "image_size")):
         raise UserError(f"algos/{algo}.py is no algorithm: it has no {', '.join(missing)}")
     return module
 
@@ -335,8 +336,9 @@ def parse(argv: list[str]) -> tuple[Args, list[str]]:
     own = "--task|--dataset|--seed|--source|--tag|--quick|--runs-dir|--overwrite|--evaluate"
     if wrong := [word for word in extra if re.fullmatch(f"({own})(=.*)?", word.replace("_", "-"))]:
         raise UserError(f"{wrong[0]} behind --: each run has its own, or it is a flag of benchmark.sh; see --help")
-    if args.seeds == "0" or not re.fullmatch(r"\d+(,\d+)*", args.seeds) or args.jobs is not None and args.jobs < 1:
-        raise UserError(f"--seeds {args.seeds} --jobs {args.jobs}: at least 1; several seeds with commas: 3,4")
+    seeds, twice = r"[1-9]\d{,3}|(\d{1,9},)+(\d{1,9})?", re.search(r"\b(\d+),(.*,)?\1\b", args.seeds)
+    if twice or not re.fullmatch(seeds, args.seeds) or args.jobs is not None and args.jobs < 1:
+        raise UserError(f"--seeds {args.seeds} --jobs {args.jobs}: at least 1; which seeds, each once: 3,4 or 3,")
     if args.slurm and args.gpus:
         raise UserError("--gpus: under --slurm each run has its own, --slurm-args='--gres=gpu:1'")
     visible_gpus(args.gpus)  # raises
