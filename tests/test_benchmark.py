@@ -211,7 +211,7 @@ def test_sets_are_made_failures_named_and_the_rest_goes_on(repo, benchmark, monk
 def test_a_set_that_cannot_be_made(benchmark, monkeypatch, tmp_path):
     script = tmp_path / "make.py"
     script.write_text("raise SystemExit(3)")
-    monkeypatch.setattr(common, "standard_set", lambda args, _: (tmp_path / "none", [str(script), args.dataset]))
+    monkeypatch.setattr(common, "standard_set", lambda args, _: (tmp_path / args.dataset, [str(script), args.dataset]))
     words = ["--algos", "bc", "--tasks", "walker-walk", "--datasets", "random,medium", "--seeds", 1]
     status, lines = benchmark(*words, "--runs-dir", tmp_path / "runs")
     assert status == 1 and lines[-1] == "2 runs: 2 failed"
