@@ -167,9 +167,9 @@ def command_of(command: str, left_out: set[str]) -> str:
 
 
 def portable(value):
-    """Of an absolute path, which no other machine has, the last two parts; other values of flags as they are."""
+    """Of a path out of the checkout, which no other machine has, the last two parts; other values as they are."""
     flag, equals, path = value.rpartition("=") if str(value).startswith("--") else ("", "", value)
-    return value if not str(path).startswith("/") else flag + equals + "/".join(Path(path).parts[-2:])
+    return value if not str(path).startswith(("/", "../")) else flag + equals + "/".join(Path(path).parts[-2:])
 
 
 def read_summary(file: Path) -> list[Row]:
@@ -556,8 +556,9 @@ def write_report(results: Path, runs: Path | None, out: Path) -> None:
 def main(args: Args) -> None:
     results = Path(args.results_dir or HERE / "results").expanduser()
     runs = Path(args.runs_dir or HERE / "runs").expanduser()
-    if args.runs_dir and not runs.is_dir() and args.add is None:
-        raise UserError(f"--runs-dir {runs}: no such folder")
+    for typed, folder in ((args.results_dir, results), (args.runs_dir, runs)):
+        if typed and args.add is None and not folder.is_dir():  # --add makes the one and needs no other
+            raise UserError(f"--results-dir or --runs-dir {folder}: no such folder")
     runs = runs if runs.is_dir() else None
     if args.add is not None:
         folders = [Path(path) for path in args.add if not path.endswith(".log")]  # seed* finds benchmark.sh's logs, too
@@ -573,7 +574,7 @@ def main(args: Args) -> None:
                 print(f"filled {page}")
         plot_scores(groups_of(gather(results, None)[0])).savefig(results / "scores.png", dpi=110)
     else:
-        write_report(results, runs, Path(args.out))
+        write_report(results, runs, Path(args.out).expanduser())
 
 
 if __name__ == "__main__":

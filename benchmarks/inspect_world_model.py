@@ -219,12 +219,17 @@ def in_the_environment(args: Args, agent, pool: EnvPool, config: dict) -> dict:
 @torch.no_grad()
 def main(args: Args) -> None:
     common.check_ranges(args)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: there is no CUDA device here")
     agent, module, flags, config = load_agent(args)
+    if args.episodes and config["dataset"]["task"] == "own":
+        raise UserError(f"--episodes {args.episodes}: the run's set is of no task to act in; give --episodes 0")
     torch.manual_seed(args.seed)
     dataset = common.Dataset(args.dataset) if args.dataset else common.open_dataset(flags, module.SIZE)
-    if dataset.size != module.SIZE or dataset.action_dim != agent.action_dim:
-        found = f"{dataset.size} px and {dataset.action_dim} actions"
-        raise UserError(f"--dataset {dataset.path}: {found} do not fit the run")
+    found, needed = (dataset.size, dataset.action_dim), (module.SIZE, agent.action_dim)
+    if found != needed:
+        what = "has {} px and {} actions, the run needs {} and {}".format(*found, *needed)
+        raise UserError(f"--dataset {dataset.path} {what}; name another set, or leave it out for the run's own")
     if args.context >= flags.window:
         raise UserError(f"--context {args.context}: must be less than the run's --window {flags.window}")
     out = Path(args.out or Path(args.run) / "inspect")

@@ -47,7 +47,7 @@ class Args:
     algos: str = ""  # files in algos/ without .py, separated by commas; empty: all
     tasks: str = "walker-walk,cheetah-run,humanoid-walk"  # domain-task, or metaworld-..., separated by commas
     datasets: str = ",".join(STANDARD_SETS)  # names or folders of sets, separated by commas
-    seeds: str = "6"  # how many, from 0; or several, separated by commas: 3,4
+    seeds: str = "6"  # how many, from 0; or which, with commas: 3,4 or, for one, 3,
     source: str = ""  # as in every algorithm
     tag: str = ""  # as in every algorithm
     quick: bool = False  # as in every algorithm
@@ -88,8 +88,9 @@ def list_rows(table: Args, extra: list[str]) -> list[Row]:
             print(f"# left out: {error}")
     tasks, datasets = names_in(table.tasks), names_in(table.datasets)
     named = [name for name in datasets if name in NAMED_SETS]
-    for task in tasks if named else ():
-        check_task(task)
+    for task in tasks if named else ():  # those of manipulation.py are known where they are made
+        if not task.startswith(common.MANIPULATION) and not (collect.POLICIES / task).is_dir():
+            common.make_env(task, size=None)  # raises
     places = [(task, name) for task in tasks for name in named]
     places += [(Dataset(path).task, path) for path in datasets if path not in named]  # its own, whatever --tasks says
     flags = {"--source": table.source, "--tag": table.tag, "--runs-dir": table.runs_dir}
@@ -110,12 +111,6 @@ def names_in(text: str) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
-def check_task(task: str) -> None:
-    """Raises UserError if dm_control has no such task. Those of manipulation.py are known where they are made."""
-    if not task.startswith(common.MANIPULATION) and not (collect.POLICIES / task).is_dir():
-        common.make_env(task, size=None)
-
-
 def load(algo: str):
     """The module algos/<algo>.py. Raises UserError if it is no algorithm."""
     script = ROOT / "algos" / f"{algo}.py"
@@ -129,7 +124,8 @@ def load(algo: str):
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # whatever a script under way may raise
         raise UserError(f"algos/{algo}.py cannot be imported ({type(error).__name__}: {error})") from None
-    if missing := [part for part in ("Args", "TUNED", "QUICK") if not hasattr(module, part)]:
+    missing = [part for part in ("Args", "TUNED", "QUICK", "SIZE") if not hasattr(module, part)]
+    if missing and not (missing == ["SIZE"] and hasattr(module.Args, "image_size")):
         raise UserError(f"algos/{algo}.py is no algorithm: it has no {', '.join(missing)}")
     return module
 
@@ -137,7 +133,10 @@ def load(algo: str):
 def rows_of(table: Args, algo: str, module, task: str, dataset: str, tail: list[str]):
     """The rows of one algorithm, task and set; tail: the words of every run."""
     head = ["--task", task, "--dataset", dataset]
-    args = common.typed_args(module.Args, module.TUNED, module.QUICK, [*head, *tail])
+    try:
+        args = common.typed_args(module.Args, module.TUNED, module.QUICK, [*head, *tail])
+    except SystemExit:  # tyro has printed what is wrong
+        raise UserError(f"algos/{algo}.py does not take these flags: {shlex.join(tail)}; see --algos") from None
     make, why, source, stage = "", "", args.source, []
     if dataset in NAMED_SETS:
         size = getattr(args, "image_size", None) or module.SIZE  # world models have one size
@@ -234,7 +233,7 @@ def visible_gpus(wanted: str | None) -> list[str]:
     if wanted is None:
         return there
     chosen = there[: int(wanted)] if wanted.isdigit() else names_in(wanted)
-    if wanted.isdigit() and len(chosen) < int(wanted) or not set(chosen) <= set(there):
+    if len(chosen) < (int(wanted) if wanted.isdigit() else 1) or not set(chosen) <= set(there):
         raise UserError(f"--gpus {wanted}: a number of GPUs, or ids: 0,2. There are: {', '.join(there) or 'none'}")
     return chosen
 
@@ -249,9 +248,8 @@ def places_of(args: Args) -> list[dict]:
         variables = {"CUDA_VISIBLE_DEVICES": gpu, "CLEANPIXELS_RUNS_PER_GPU": str(-(-jobs // len(gpus)))}
         egl = {"MUJOCO_EGL_DEVICE_ID": gpu}
         probe = [sys.executable, "-c", "from mujoco.egl import GLContext; GLContext(8, 8).free()"]
-        done = subprocess.run(probe, env=os.environ | {"MUJOCO_GL": "off"} | egl, capture_output=True)
-        if done.returncode:  # in containers EGL often knows fewer GPUs than CUDA
-            egl = {}
+        if subprocess.run(probe, env=os.environ | {"MUJOCO_GL": "off"} | egl, capture_output=True).returncode:
+            egl = {}  # in containers EGL often knows fewer GPUs than CUDA
         places.append(defaults | egl | os.environ | variables)
     if not gpus:
         places = [defaults | os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if args.gpus == "0" else {})]
@@ -278,7 +276,6 @@ def run_rows(rows: list[Row], places: list[dict], processes: Processes) -> None:
             if waiting and k not in running and not processes.signal:
                 row = waiting.popleft()
                 say(f"started {row.run}")
-                row.log.parent.mkdir(parents=True, exist_ok=True)
                 with open(row.log, "ab") as log:
                     running[k] = row, processes.start(row.words, stdout=log, stderr=log, env=variables)
         time.sleep(0.2)
@@ -309,6 +306,8 @@ def newest_lines(log: Path) -> list[str]:
 def run_here(rows: list[Row], args: Args) -> int:
     """Makes the sets, runs what is to be done, writes the report. Returns the status of the whole."""
     places, processes, reported = places_of(args), Processes(), 0
+    for row in to_do(rows):  # before sets are made: whether one may write there
+        row.log.parent.mkdir(parents=True, exist_ok=True)
     make_sets(to_do(rows), processes)
     run_rows(to_do(rows), places, processes)
     if not processes.signal and any(row.state == "finished" for row in rows):
@@ -332,11 +331,12 @@ def parse(argv: list[str]) -> tuple[Args, list[str]]:
     """benchmark.sh's flags, with absolute paths, and the words behind --. Raises UserError."""
     cut = argv.index("--") if "--" in argv else len(argv)
     args, extra = tyro.cli(Args, args=argv[:cut], prog="benchmark.sh", description=__doc__), argv[cut + 1 :]
-    own = "--task|--dataset|--seed|--source|--tag|--quick|--runs-dir|--overwrite|--evaluate"
+    own = "--task|--dataset|--seed|--source|--tag|--quick|--runs-dir|--overwrite|--evaluate|--help"
     if wrong := [word for word in extra if re.fullmatch(f"({own})(=.*)?", word.replace("_", "-"))]:
         raise UserError(f"{wrong[0]} behind --: each run has its own, or it is a flag of benchmark.sh; see --help")
-    if args.seeds == "0" or not re.fullmatch(r"\d+(,\d+)*", args.seeds) or args.jobs is not None and args.jobs < 1:
-        raise UserError(f"--seeds {args.seeds} --jobs {args.jobs}: at least 1; several seeds with commas: 3,4")
+    seeds, twice = r"[1-9]\d{,3}|(\d{1,9},)+(\d{1,9})?", re.search(r"\b(\d+),(.*,)?\1\b", args.seeds)
+    if twice or not re.fullmatch(seeds, args.seeds) or args.jobs is not None and args.jobs < 1:
+        raise UserError(f"--seeds {args.seeds} --jobs {args.jobs}: at least 1; which seeds, each once: 3,4 or 3,")
     if args.slurm and args.gpus:
         raise UserError("--gpus: under --slurm each run has its own, --slurm-args='--gres=gpu:1'")
     visible_gpus(args.gpus)  # raises
@@ -355,6 +355,8 @@ def main(argv: list[str]) -> int:
     todo = to_do(rows)
     if not rows:
         raise UserError("--algos, --tasks and --datasets name no run")
+    if same := [run for run, count in collections.Counter(row.run for row in rows).items() if count > 1]:
+        raise UserError(f"--datasets: two sets of one name would share {same[0]}; rename one, or run it with a --tag")
     sets = list(dict.fromkeys(row.make for row in todo if row.make))
     if args.dry_run:
         for make in sets:
@@ -369,7 +371,7 @@ def main(argv: list[str]) -> int:
         return run_here(rows, args)
     if todo:
         logs = Path(args.runs_dir or ROOT / "runs", "slurm").expanduser().absolute()
-        slurm.submit(sets, todo, logs, args.jobs, shlex.split(args.slurm_args))
+        slurm.submit(sets, todo, logs, args.jobs, args.slurm_args)
     return 0
 
 

@@ -12,10 +12,14 @@ HERE = Path(__file__).resolve().parent
 PYTHON = shlex.quote(sys.executable)
 
 
-def submit(sets: list[str], rows: list, logs: Path, at_once: int | None, words: list[str]) -> None:
+def submit(sets: list[str], rows: list, logs: Path, at_once: int | None, text: str) -> None:
     """sets: commands that make them; rows: run_all.py's; logs: a folder for what the jobs say of themselves; at_once:
-    runs at a time; words: for sbatch, of both jobs."""
+    runs at a time; text: flags for sbatch, of both jobs."""
     after, lines = [], []
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"--slurm-args={text}: {error}") from None
     logs.mkdir(parents=True, exist_ok=True)
     if sets:
         job = sbatch([*words, f"--output={logs}/sets-%j.log"], [make.replace("python", PYTHON, 1) for make in sets])

@@ -18,7 +18,8 @@ def stage(folder: Path, to: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(target.parent / f".{target.name}.lock"):  # other runs of this machine may copy it
         if target.exists():
-            if (target / "meta.json").read_bytes() == (folder / "meta.json").read_bytes():
+            old = target / "meta.json"
+            if old.exists() and old.read_bytes() == (folder / "meta.json").read_bytes():
                 return
             if not (target / ".staged").exists():
                 raise OSError(f"{target} is another set, and no copy that was made by this; stage elsewhere")

@@ -122,7 +122,7 @@ def write_set(path: Path, rows: int, size: int) -> Dataset:
 
 
 def calibrate(args: Args) -> float:
-    encoder = drq_bc.Encoder(9, SIZE).to(args.device)
+    encoder = drq_bc.Encoder(9, SIZE, drq_bc.Args.encoder_width).to(args.device)
     obs = torch.rand(256, 9, SIZE, SIZE, device=args.device) - 0.5
     with torch.no_grad():
         return seconds_per_call(lambda: encoder(obs), args, args.device)
@@ -286,6 +286,10 @@ def main(args: Args) -> None:
     common.check_ranges(args)
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise common.UserError("--device cuda: there is no CUDA device here")
+    if args.json and not Path(args.json).parent.is_dir():  # it is written last
+        raise common.UserError(f"--json {args.json}: there is no such folder")
     if args.windows is None:
         args.windows = 2 if args.quick else 64 if args.device == "cuda" else 8
     flags = drq_bc.Args(device=args.device, precision="fp32", accelerate="eager")

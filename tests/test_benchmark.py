@@ -110,7 +110,7 @@ def test_the_whole_table(benchmark, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("words, ends", [
-    ("--seeds 3,11,3 --quick", ["--seed 3 --quick", "--seed 11 --quick"]),
+    ("--seeds 3,11, --quick", ["--seed 3 --quick", "--seed 11 --quick"]),
     ("--seeds 1 --tag a -- --lr 3e-4", ["--seed 0 --tag a --lr 3e-4"]),
     ("--seeds 1 --source vd4rl",
      ["--seed 0 --source vd4rl  # impossible: the official files are not there; import them with data/vd4rl.py"]),
@@ -126,6 +126,8 @@ MISTAKES = {
     "--algos nope": "no algos/nope.py; there are bad, bc",
     "--seeds 0": "--seeds 0 --jobs None: at least 1",
     "--seeds 3-5": "--seeds 3-5",
+    "--seeds 3,11,3": "which seeds, each once: 3,4 or 3,",
+    "--seeds 99999": "--seeds 99999",
     "--jobs 0": "--jobs 0",
     "-- --overwrite": "--overwrite behind --",
     "-- --seed=3": "--seed=3 behind --",
@@ -209,7 +211,7 @@ def test_sets_are_made_failures_named_and_the_rest_goes_on(repo, benchmark, monk
 def test_a_set_that_cannot_be_made(benchmark, monkeypatch, tmp_path):
     script = tmp_path / "make.py"
     script.write_text("raise SystemExit(3)")
-    monkeypatch.setattr(common, "standard_set", lambda args, _: (tmp_path / "none", [str(script), args.dataset]))
+    monkeypatch.setattr(common, "standard_set", lambda args, _: (tmp_path / args.dataset, [str(script), args.dataset]))
     words = ["--algos", "bc", "--tasks", "walker-walk", "--datasets", "random,medium", "--seeds", 1]
     status, lines = benchmark(*words, "--runs-dir", tmp_path / "runs")
     assert status == 1 and lines[-1] == "2 runs: 2 failed"

@@ -78,9 +78,9 @@ def test_what_slurm_is_asked_for(scheduler, monkeypatch, capsys, tmp_path):
     assert "--array=1-4%3" in array and "--dependency=afterany:7" in array and "--dependency" not in " ".join(sets)
     makes, runs = sets[sets.index(JOB) + 1 :], array[array.index(JOB) + 1 :]
     assert len(makes) == 2 and len(runs) == 4
-    collect, stage, bc = map(run_all.here, ("data/collect.py", "benchmarks/stage.py", "algos/bc.py"))
-    assert makes[1].startswith(f"{PYTHON} {collect} --task walker-walk --dataset medium --size 84")
-    copied = f"{PYTHON} {stage} {tmp_path}/data/made/walker-walk/random-84px '$TMPDIR' {bc} "
+    make, copy, algo = map(run_all.here, ("data/collect.py", "benchmarks/stage.py", "algos/bc.py"))
+    assert makes[1].startswith(f"{PYTHON} {make} --task walker-walk --dataset medium --size 84")
+    copied = f"{PYTHON} {copy} {tmp_path}/data/made/walker-walk/random-84px '$TMPDIR' {algo} "
     assert runs[1].startswith(copied + "--task walker-walk --dataset random --seed 1 ")
     assert runs[1].endswith(f" >> '{tmp_path}/my runs/bc/walker-walk/random-84px/seed1.log' 2>&1")
 

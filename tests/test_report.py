@@ -83,7 +83,7 @@ def test_row_curve_flags_and_metrics(tmp_path):
 
 
 def test_paths_of_a_machine_stay_out_and_one_seed_keeps_its_video_as_it_is(tmp_path):
-    command = "/home/me/clone/algos/bc.py --data-dir /home/me/data --dataset=/home/me/own/robot --runs-dir /home/me"
+    command = "/home/me/clone/algos/bc.py --data-dir /home/me/data --dataset=../own/robot --runs-dir /home/me"
     flags = {"data_dir": "/home/me/data", "model_from": "/home/me/runs/seed0", "command": f"{command} --nstep 1"}
     runs = [write_run(tmp_path / f"s{seed}", seed=seed, **flags) for seed in range(2)]
     for run in runs:
@@ -199,6 +199,7 @@ def test_iqm_is_of_the_middle_half_and_its_bootstrap_is_stratified_by_row():
 def world(tmp_path_factory):
     """Runs of many kinds: what each test below takes from them stands there."""
     folder = tmp_path_factory.mktemp("world")
+    (folder / "results").mkdir()
     for task, base in (("walker-walk", 10), ("cheetah-run", 20)):
         write_seeds(folder, [base, base + 2, base + 4], task=task)
         lompo = {"algo": "lompo", "task": task, "dataset": "medium-64px", "data_hash": "f" * 16}  # the set at 64 px
@@ -268,6 +269,8 @@ def test_compare(world, capsys):
         assert lines("drq_bc:x", name)[2] == "walker-walk medium made 300 steps 90.0 (1) 8.0 (1) -82.0"
     with pytest.raises(UserError, match="two variants"):
         lines("bc")
+    with pytest.raises(UserError, match="none/results: no such folder"):
+        call(world / "none", docs=True)  # it would empty every table
     with pytest.raises(UserError, match="there are bc:wide, drq_bc, drq_bc:x, lompo, my_idea"):
         lines("bc", "no")
 

@@ -285,6 +285,8 @@ def test_films_and_errors_of_a_run(algo, tool, tmp_path):
     assert report["return"]["real"]["mean"] == pytest.approx(last["return_0"])  # that of the last evaluation
     assert report["penalty_random_policy"]["mean"] > 0 and "imagined" in report["reward_over_3_steps"]
     assert {path.name for path in out.iterdir()} >= {"reconstruction.mp4", "open_loop.mp4", "open_loop.png"}
+    with pytest.raises(UserError, match="has 21 px and . actions, the run needs 64 and"):
+        tool.main(tool.Args(str(run), dataset=str(write_set(tmp_path / "small", lengths=(9,), size=21))))
     config = json.loads((run / "config.json").read_text()) | {"script": "0" * 12}
     (run / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"algos/{algo}.py has changed"):
