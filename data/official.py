@@ -4,6 +4,7 @@
 *.hdf5  84 px, shards of episodes   observation (N,3,S,S), action, reward, discount, step_type (0 first, 2 last)"""
 
 import contextlib
+import io
 import re
 import sys
 import zipfile
@@ -12,14 +13,15 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[1:1] = [str(ROOT), str(ROOT / "data")]
-from common import Dataset, UserError  # noqa: E402
+from common import BAR_SECONDS, Dataset, UserError  # noqa: E402
 
 NPZ_ARRAYS, NPZ_FLAGS = ("image", "action", "reward", "discount"), ("is_first", "is_last", "is_terminal")
 HDF5_ARRAYS = ("observation", "action", "reward", "discount", "step_type")
@@ -141,8 +143,12 @@ def episodes_of(dataset: Dataset) -> list[dict[str, np.ndarray]]:
     return episodes
 
 
+def bar(episodes, title: str) -> tqdm:
+    return tqdm(episodes, title, unit="episode", mininterval=BAR_SECONDS, delay=1)
+
+
 def export_npz(folder: Path, dataset: Dataset) -> None:
-    for index, rows in enumerate(episodes_of(dataset)):
+    for index, rows in enumerate(bar(episodes_of(dataset), "writing")):
         row, discount = np.arange(len(rows["reward"])), rows["discount"].astype(np.float64)
         stamp = datetime(2022, 6, 9) + timedelta(seconds=index)  # readers sort by it; the same set, the same names
         np.savez_compressed(
@@ -157,14 +163,15 @@ def export_hdf5(folder: Path, dataset: Dataset) -> None:
     """Shards of whole episodes, each readable alone; zero-padded names, so that any sorting is the right one."""
     import h5py
 
-    episodes = episodes_of(dataset)
-    for start in range(0, len(episodes), SHARD):
-        chosen = episodes[start : start + SHARD]
+    episodes = iter(bar(episodes_of(dataset), "writing"))
+    for number in range(-(-dataset.num_episodes // SHARD)):
+        chosen = list(islice(episodes, SHARD))
         step_type = [np.r_[0.0, np.ones(len(rows["reward"]) - 2), 2.0] for rows in chosen]
-        with h5py.File(folder / f"{start // SHARD:04d}.hdf5", "w") as shard:
+        with h5py.File(file := io.BytesIO(), "w") as shard:  # in memory: h5py does not survive a full disk
             shard.create_dataset("step_type", data=np.concatenate(step_type), compression="gzip")
             for name in ("image", "action", "reward", "discount"):
                 array = np.concatenate([rows[name] for rows in chosen])
                 array = array.astype(np.float64) if array.ndim == 1 else array
                 key, chunks = ("observation", (1, *array.shape[1:])) if name == "image" else (name, True)
                 shard.create_dataset(key, data=array, chunks=chunks, compression="gzip")
+        (folder / f"{number:04d}.hdf5").write_bytes(file.getbuffer())

@@ -11,6 +11,7 @@ all have been looked at. What no set can hold stops it, with file and row; what 
 import hashlib
 import json
 import re
+import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -20,17 +21,16 @@ from typing import Literal
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 from tyro.conf import Positional
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[1:1] = [str(ROOT), str(ROOT / "data")]
 import official  # noqa: E402
-from official import Episode, Notes  # noqa: E402
+from official import Episode, Notes, bar  # noqa: E402
 from published import TABLE_5, print_statistics, standard_transitions  # noqa: E402
 from store import DatasetWriter, return_statistics, set_folder, sha256  # noqa: E402
 
-from common import BAR_SECONDS, Dataset, UserError, one_line_errors  # noqa: E402
+from common import Dataset, UserError, one_line_errors  # noqa: E402
 
 TASKS = ("walker-walk", "cheetah-run", "humanoid-walk")
 OURS = {"random": "random", "medium_replay": "mixed", "medium": "medium", "medium_expert": "medexp", "expert": "expert"}
@@ -144,9 +144,6 @@ def import_set(
     def read(notes: Notes) -> Iterator[Episode]:
         return (inspect(path, episode, notes) for episode in kinds[files[0].suffix](files, notes))
 
-    def bar(episodes: Iterator[Episode], title: str) -> tqdm:
-        return tqdm(episodes, title, unit="episode", mininterval=BAR_SECONDS)
-
     if not (first := next(read(defaultdict(list)), None)):
         raise UserError(f"{path}: no episode in {len(files)} files")
     size, action_dim = first.image.shape[1], first.action.shape[1]
@@ -211,8 +208,13 @@ def export(path: Positional[Path], out: Path, format: Literal["npz", "hdf5"] = "
         if folder.exists():
             raise UserError(f"{folder} exists; delete it, or export to another folder")
     temporary.mkdir(parents=True)
-    {"npz": official.export_npz, "hdf5": official.export_hdf5}[format](temporary, dataset)
-    temporary.rename(out)
+    try:
+        {"npz": official.export_npz, "hdf5": official.export_hdf5}[format](temporary, dataset)
+        temporary.rename(out)
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror or error}; nothing of it is kept") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # if it is not whole
     print(f"{out}: {dataset.num_episodes:,} episodes of {dataset.task} at {dataset.size} px")
     if dataset.size != {"npz": 64, "hdf5": 84}[format]:
         print(f"note: official {format} files have another size; see that whoever reads these accepts it")
@@ -250,7 +252,7 @@ def findings(path: Path) -> Iterator[str]:
         yield f"{path}/meta.json: returns are not those of the arrays"
     first, last = dataset.first_rows, dataset.first_rows + dataset.lengths - 1
     bad = defaultdict(list)
-    for start, rows in zip(first, official.episodes_of(dataset)):
+    for start, rows in zip(first, bar(official.episodes_of(dataset), "checking")):
         for kind, wrong in flaws(rows["image"], rows["action"], rows["reward"]).items():
             bad[kind] += (start + np.flatnonzero(wrong)).tolist()
     odd = dataset.discount != 1
