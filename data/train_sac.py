@@ -3,9 +3,8 @@
     python data/train_sac.py --task cheetah-run --envs 10 --tau 0.01             # train; the same line continues
     python data/train_sac.py --task cheetah-run --export medium expert mixed     # write data/policies/cheetah-run/
 
---export tries actors that scored about as much as the published set while they learned, and takes the one nearest to
-it over 50 episodes (mean and deviation of the sampled actions, mean of the mean action); mixed is the run's first
-episodes.
+--export tries the actors that scored about as much as the published set while they learned, and takes the nearest
+over 50 episodes, see export_actor(); mixed is the run's first episodes.
 
 One step = one gradient update, before which each of `--envs` environments makes one control step (physics is
 nearly free beside an update). Left behind in the run folder, all of it resumable:
@@ -19,7 +18,6 @@ import json
 import os
 import shutil
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -30,6 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[1:1] = [str(ROOT), str(ROOT / "data")]
@@ -37,7 +36,8 @@ from collect import EPISODE, GRID, POLICIES, STATE_EVERY, SACPolicy, get_state, 
 from published import TABLE_5, standard_transitions  # noqa: E402
 from store import return_statistics, take_lock  # noqa: E402
 
-from common import Count, EnvPool, Share, UserError, Weight, Whole, check_ranges, make_env, one_line_errors  # noqa: E402
+import common  # noqa: E402
+from common import Count, EnvPool, Share, UserError, Weight, Whole, make_env  # noqa: E402
 
 HIDDEN, BATCH, GAMMA = 256, 256, 0.99
 STANDING = 1.3  # m: the root of a humanoid on its feet
@@ -167,6 +167,8 @@ def stand(env, rng: np.random.Generator) -> np.ndarray:
 
 
 def train(args: Args) -> None:
+    if args.task.startswith(common.MANIPULATION):
+        raise UserError(f"--task {args.task}: only tasks of dm_control are trained here, such as walker-walk")
     out = args.runs_dir / args.task
     (out / "actors").mkdir(parents=True, exist_ok=True)
     lock = take_lock(out / ".lock", wait=False)  # noqa: F841  held until the process ends
@@ -181,22 +183,21 @@ def train(args: Args) -> None:
     if helped and (helped >= args.envs or not hasattr(physics[0], "head_height")):
         raise UserError("--upright and --guided are for humanoids, and together for fewer than --envs")
     rounds = -(-args.steps // EPISODE)  # every environment makes one episode a round
-    checkpoint, saved = out / "checkpoint.pt", {"rounds": 0, "episodes": 0}
+    checkpoint, saved = out / "checkpoint.pt", {"rounds": 0, "episodes": 0, "seed": args.seed}
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
-        if saved["seed"] != args.seed:
-            raise UserError(f"{out} holds a run of --seed {saved['seed']}; give a --runs-dir")
-    done_rounds, episodes = saved["rounds"], saved["episodes"]
-    all_episodes = episodes + max(rounds - done_rounds, 0) * args.envs
-    f32, f64 = np.float32, np.float64
+    if saved["seed"] != args.seed:
+        raise UserError(f"{out} holds a run of --seed {saved['seed']}; give a --runs-dir")
+    episodes, done = saved["episodes"], saved["rounds"]
+    all_episodes = episodes + max(rounds - done, 0) * args.envs
     replay = Store(
         out / "replay", all_episodes * EPISODE,
-        state=((D,), f32), action=((A,), f32), reward=((1,), f32), next_state=((D,), f32), discount=((1,), f32),
+        state=((D,), "f4"), action=((A,), "f4"), reward=((1,), "f4"), next_state=((D,), "f4"), discount=((1,), "f4"),
     )  # fmt: skip
     record = Store(
         out / "record", all_episodes,
-        seed=((), np.int64), action=((EPISODE, A), np.int16), ret=((), f64),
-        physics=((EPISODE // STATE_EVERY, S), f64), updates=((), np.int64),
+        seed=((), "i8"), action=((EPISODE, A), "i2"), ret=((), "f8"),
+        physics=((EPISODE // STATE_EVERY, S), "f8"), updates=((), "i8"),
     )  # fmt: skip
     guide = SACPolicy(policy_file(args.task, "medium")) if args.guided else None
     agent = SAC(D, A, args.lr, args.tau, args.entropy, args.mean_penalty)
@@ -210,8 +211,7 @@ def train(args: Args) -> None:
         rng.bit_generator.state = json.loads(saved["rng"])
         step, mean, square = saved["step"], saved["mean"].numpy(), saved["square"].numpy()
         print(f"resumed at {step} updates, {episodes} episodes", flush=True)
-    start_time, start_step = time.time(), step
-    while done_rounds < rounds:
+    for turn in tqdm(range(done, rounds), "train", rounds, initial=done, unit="round", mininterval=common.BAR_SECONDS):
         seeds = [args.seed * 1_000_003 + episodes + i for i in range(args.envs)]
         states = np.stack([env.reset(seed)[1]["state"] for env, seed in zip(envs, seeds)])
         for i, env in enumerate(envs[: args.upright]):
@@ -221,7 +221,7 @@ def train(args: Args) -> None:
             if t % STATE_EVERY == 0:
                 for i, env in enumerate(envs):
                     record.physics[episodes + i, t // STATE_EVERY] = get_state(env)
-            if done_rounds == 0:  # one round of uniform actions before learning starts
+            if turn == 0:  # one round of uniform actions before learning starts
                 action = rng.uniform(-1, 1, (args.envs, A))
             else:
                 with torch.no_grad():
@@ -230,7 +230,7 @@ def train(args: Args) -> None:
                     if physics[i].head_height() < RISEN:
                         action[i] = guide.act(states[i], rng)
             grid = np.rint(action * GRID).astype(np.int16)
-            action = grid.astype(f32) / f32(GRID)
+            action = grid.astype(np.float32) / np.float32(GRID)
             rows = slice(episodes * EPISODE + t * args.envs, episodes * EPISODE + (t + 1) * args.envs)
             replay.state[rows], replay.action[rows] = states, action
             for i, env in enumerate(envs):
@@ -246,7 +246,7 @@ def train(args: Args) -> None:
             weight = args.envs / max(rows.stop, 1)  # running moments over all transitions so far
             mean += weight * (states.mean(0) - mean)
             square += weight * ((states**2).mean(0) - square)
-            if done_rounds > 0:
+            if turn > 0:
                 agent.scale.copy_(torch.from_numpy(np.sqrt(np.maximum(square - mean**2, 1e-4))))
                 i = rng.integers(max(rows.stop - (args.newest or rows.stop), 0), rows.stop, size=BATCH)
                 batch = [a[i] for a in (replay.state, replay.action, replay.reward, replay.next_state, replay.discount)]
@@ -257,19 +257,15 @@ def train(args: Args) -> None:
         returns[:helped] = np.nan
         made = slice(episodes, episodes + args.envs)
         record.seed[made], record.ret[made], record.updates[made] = seeds, returns, step
-        done_rounds, episodes = done_rounds + 1, made.stop
+        episodes = made.stop
         saved = {
             "agent": agent.state_dict(), "optimizers": {k: o.state_dict() for k, o in agent.optimizers.items()},
             "torch_rng": torch.get_rng_state(), "rng": json.dumps(rng.bit_generator.state), "step": step,
-            "rounds": done_rounds, "mean": torch.from_numpy(mean), "square": torch.from_numpy(square),
+            "rounds": turn + 1, "mean": torch.from_numpy(mean), "square": torch.from_numpy(square),
             "episodes": episodes, "seed": args.seed,
         }  # fmt: skip
-        torch.save(saved, out / "checkpoint.tmp")
-        os.replace(out / "checkpoint.tmp", checkpoint)
-        rate = (step - start_step) / (time.time() - start_time)
-        left = f"{(rounds - done_rounds) * EPISODE / rate / 60:5.1f} min left" if rate else ""
-        print(f"{step:7d} updates  {episodes * EPISODE:8d} transitions  sampled return "
-              f"{np.nanmean(returns):6.1f}  {rate:5.1f} updates/s  {left}", flush=True)  # fmt: skip
+        common.write_atomically(checkpoint, saved)
+        tqdm.write(f"{step:7d} updates  {episodes:6d} episodes  sampled return {np.nanmean(returns):6.1f}", sys.stderr)
 
 
 def returns_of(task: str, actor: Path, sampled: bool, episodes: int = 50) -> np.ndarray:
@@ -285,26 +281,27 @@ def returns_of(task: str, actor: Path, sampled: bool, episodes: int = 50) -> np.
     return returns
 
 
-def export_actor(args: Args, name: str, out: Path, target: Path) -> None:
+def export_actor(args: Args, name: str, record: dict, out: Path, target: Path) -> None:
     """Writes the saved actor nearest to the published set: |mean - mean'| + |std - std'| of its sampled returns, and
     |mean - mean'| of its mean action's, which is what an algorithm learns from the set."""
+    if (args.task, name) not in TABLE_5:
+        how = f"copy an actor of your choice from {out}/actors to {target}/{name}.npz"
+        raise UserError(f"--export {name}: there is no published set of {args.task} to come near to; {how}")
     wanted, spread = TABLE_5[args.task, name][:2]
-    saved = torch.load(out / "checkpoint.pt", weights_only=True)
-    arrays = (np.load(out / "record" / f"{name}.npy", mmap_mode="r") for name in ("updates", "ret"))
-    updates, returns = (array[: saved["episodes"]] for array in arrays)
-    updates, returns = updates[~np.isnan(returns)], returns[~np.isnan(returns)]
+    updates, returns = (record[name][~np.isnan(record["ret"])] for name in ("updates", "ret"))
     ends, first = np.unique(updates, return_index=True)  # of the rounds
     scored = np.add.reduceat(returns, first) / np.diff([*first, len(returns)])
     steps = np.array(sorted(int(path.stem) for path in (out / "actors").glob("*.npz")))
     steps = steps[steps <= ends[-1]]
+    if not len(steps):
+        raise UserError(f"--export {name}: {out} holds no actor yet; leave --export out to continue, with more --steps")
     learned = scored[np.searchsorted(ends, steps)]  # what its round scored while it learned
     tried = []
     for step in sorted(steps[np.argsort(np.abs(learned - wanted), kind="stable")[: args.candidates]]):
         actor = out / "actors" / f"{step:07d}.npz"
         sampled, mean_action = (returns_of(args.task, actor, kind) for kind in (True, False))
         distance = abs(sampled.mean() - wanted) + abs(sampled.std() - spread) + abs(mean_action.mean() - wanted)
-        far = bool(abs(sampled.mean() / wanted - 1) > 0.05)
-        tried.append((far, distance, step))
+        tried.append((bool(abs(sampled.mean() / wanted - 1) > 0.05), distance, step))
         print(f"{name}: {step} updates, 50 episodes: {sampled.mean():.1f} +- {sampled.std():.1f}, "
               f"mean action {mean_action.mean():.1f} +- {mean_action.std():.1f}", flush=True)  # fmt: skip
     far, _, step = min(tried)  # the nearest of those within 5 %, if there are any
@@ -312,31 +309,32 @@ def export_actor(args: Args, name: str, out: Path, target: Path) -> None:
     print(f"{name}: chose {step} updates (published mean {wanted}{', NONE within 5 % of it' * far})", flush=True)
 
 
-def export_mixed(args: Args, out: Path, target: Path) -> None:
+def export_mixed(args: Args, record: dict, out: Path, target: Path) -> None:
     """The first episodes of the replay, as many as the published set has."""
     count = standard_transitions(args.task, "mixed") // EPISODE
-    arrays = {n: np.load(out / f"record/{n}.npy", mmap_mode="r")[:count] for n in ("seed", "action", "physics", "ret")}
-    if np.isnan(arrays["ret"]).any():
-        raise UserError(f"--export mixed: the first episodes of {out} are of --upright or --guided")
+    arrays = {name: record[name][:count] for name in ("seed", "action", "physics", "ret")}
+    if len(arrays["ret"]) < count or np.isnan(arrays["ret"]).any():
+        raise UserError(f"--export mixed: {out} does not begin with {count} episodes without --upright and --guided")
     np.savez_compressed(target / "mixed.npz", **arrays)
-    size = (target / "mixed.npz").stat().st_size / 1e6
-    print(f"mixed: {count} episodes, {size:.1f} MB, returns {return_statistics(arrays['ret'])}")
+    print(f"mixed: {count} episodes, returns {return_statistics(arrays['ret'])}")
 
 
 def main(args: Args) -> None:
-    check_ranges(args)
+    common.check_ranges(args)
     if not args.export:
         return train(args)
     out, target = args.runs_dir / args.task, POLICIES / args.task
     if not (out / "checkpoint.pt").exists():
         raise UserError(f"--export: {out} holds no training run; leave --export out to start one")
+    episodes = torch.load(out / "checkpoint.pt", weights_only=True)["episodes"]  # behind them: what a kill left
+    record = {file.stem: np.load(file, mmap_mode="r")[:episodes] for file in (out / "record").glob("*.npy")}
     target.mkdir(parents=True, exist_ok=True)
     for name in args.export:
-        export_mixed(args, out, target) if name == "mixed" else export_actor(args, name, out, target)
+        export_mixed(args, record, out, target) if name == "mixed" else export_actor(args, name, record, out, target)
 
 
 if __name__ == "__main__":
     import tyro
 
-    sys.excepthook = one_line_errors
+    sys.excepthook = common.one_line_errors
     main(tyro.cli(Args))

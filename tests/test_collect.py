@@ -274,6 +274,9 @@ def test_sac_killed_between_two_checkpoints_ends_as_if_never_killed(short, tmp_p
         arrays = [np.load(folder / f"{name}.npy") for folder in (killed, whole)]
         np.testing.assert_array_equal(*arrays)
     assert (arrays[0] > 0).all() and len(arrays[0]) == 8
+    for name, message in (("medium", "walker-walk holds no actor yet"), ("mixed", "not begin with 5000 episodes")):
+        with pytest.raises(UserError, match=f"--export {name}: .*{message}"):
+            sac(tmp_path / "whole", 80, export=(name,))
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -281,6 +284,7 @@ def test_sac_killed_between_two_checkpoints_ends_as_if_never_killed(short, tmp_p
     ({"upright": 1, "guided": 1, "task": "humanoid-walk"}, "--upright and --guided are for humanoids, and"),
     ({"upright": -1}, "--upright -1: from 0"), ({"newest": 100}, "--newest 100: from 256"), ({"envs": 0}, "--envs 0"),
     ({"export": ("medium",)}, "--export: .*walker-walk holds no training run"),
+    ({"task": "metaworld-drawer-open"}, "--task metaworld-drawer-open: only tasks of dm_control are trained here"),
 ])  # fmt: skip
 def test_mistakes_with_sac_are_one_line(tmp_path, flags, message):
     with pytest.raises(UserError, match=message) as error:

@@ -324,7 +324,7 @@ def test_export_and_import_give_the_same_bytes(tmp_path, monkeypatch, layout):
     for name in ("action", "reward", "discount"):
         np.testing.assert_array_equal(again[name], getattr(dataset, name))
     assert again["episode"].tolist() == [0, 5, 10, 17, 23] and np.flatnonzero(again["discount"] == 0).tolist() == [26]
-    for folder, message in (("64px", "64px exists; delete it"), ("full", "full: File too large; nothing of it is kept")):
+    for folder, message in (("64px", "64px exists; delete it"), ("full", "full: File too large; nothing of it")):
         with pytest.raises(UserError, match=message), largest_file(100):
             vd4rl.export(source, out.with_name(folder), layout)
     assert list(out.parent.iterdir()) == [out]  # nothing unfinished either
