@@ -66,7 +66,7 @@ def npz_episodes(files: list[Path], notes: Notes) -> Iterator[Episode]:
         with readable(file), np.load(file) as archive:
             arrays = {key: archive[key] for key in archive.files}
             rows = same_rows(file, arrays, NPZ_ARRAYS)  # not the count in its name: writers disagree
-        flags = {key: arrays[key].astype(bool) for key in NPZ_FLAGS if key in arrays}
+        flags = {key: np.atleast_1d(arrays[key]).astype(bool) for key in NPZ_FLAGS if key in arrays}
         for key, flag in flags.items():
             if len(flag) < rows:
                 raise UserError(f"{file}: {rows} rows of image, but only {len(flag)} of {key}")

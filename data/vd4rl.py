@@ -30,7 +30,7 @@ from official import Episode, Notes, bar  # noqa: E402
 from published import TABLE_5, print_statistics, standard_transitions  # noqa: E402
 from store import DatasetWriter, return_statistics, set_folder, sha256  # noqa: E402
 
-from common import Dataset, UserError, one_line_errors  # noqa: E402
+from common import Dataset, UserError, make_env, one_line_errors  # noqa: E402
 
 TASKS = ("walker-walk", "cheetah-run", "humanoid-walk")
 OURS = {"random": "random", "medium_replay": "mixed", "medium": "medium", "medium_expert": "medexp", "expert": "expert"}
@@ -63,9 +63,10 @@ def inspect(folder: Path, episode: Episode, notes: Notes) -> Episode:
     """The episode, fit to be stored. Raises UserError with file and row for what no set may hold."""
     where, rows, image = episode.where, len(episode.where), episode.image
     action, reward, discount = episode.action, episode.reward, episode.discount
-    shapes = {name: array.shape for name, array in vars(episode).items() if name != "where"}
+    shapes = {name: f"{a.shape} {a.dtype}" for name, a in vars(episode).items() if name != "where"}
+    numbers = all(array.dtype.kind in "biuf" for array in (action, reward, discount)) and image.size and action.size
     size = image.shape[1] if image.ndim == 4 else 0
-    if rows < 2 or [action.ndim, reward.ndim, discount.ndim] != [2, 1, 1]:
+    if rows < 2 or not numbers or [action.ndim, reward.ndim, discount.ndim] != [2, 1, 1]:
         raise UserError(f"{folder}/{where[0] if where else ''}: no whole episode: {shapes}")
     if image.shape[1:] != (size, size, 3) or image.dtype != np.uint8:
         expected = "(T+1, S, S, 3) uint8, channels last (in hdf5 files: first)"
@@ -115,6 +116,8 @@ def names_from(path: Path, task: str | None, name: str | None) -> tuple[str, str
     if name:
         if not re.fullmatch(r"[\w-][\w.-]*", name):
             raise UserError(f"--name {name}: letters, digits, - and _")
+        if task not in TASKS:
+            make_env(task, size=None)  # raises UserError if it is none
         return task, name
     if parts[-1] not in OURS or task not in TASKS:
         raise UserError(f"{path}: no official folder <task>/<set>/<size>px; give --task and --name")

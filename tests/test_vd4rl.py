@@ -148,6 +148,7 @@ def test_any_cut_gives_the_same_episodes(tmp_path_factory, lengths, data):
     ("main/walker_walk/medium_rare/84px", (None, None), "give --task and --name"),
     ("main/hopper_hop/medium/84px", (None, None), "give --task and --name"),
     ("distracting/walker_walk/random/64px", (None, None), "--name: "),
+    ("anywhere", ("walker_walk", "mine"), "--task walker_walk: no such task .meant walker-walk"),
     ("main/walker_walk/random/64px", (None, "a/../../b"), "--name a/../../b: letters"),
 ])  # fmt: skip
 def test_names(path, flags, expected):
@@ -233,6 +234,9 @@ IMPOSSIBLE = {  # name -> (change of three episodes of 4; what the one line says
     "no channels": (replaced(1, "image", lambda a: a[..., 0]), r"frames are \(5, 6, 6\)", "npz"),
     "another size": (replaced(1, "image", lambda a: a[:, :5, :5]), r"\(5, 2\), before \(6, 2\)", "npz"),
     "more actions": (replaced(1, "action", lambda a: np.hstack([a, a])), r"\(6, 4\), before \(6, 2\)", "npz"),
+    "reward in words": (replaced(1, "reward", lambda a: a.astype(str)), "no whole episode: .*<U", "npz"),
+    "scalar flag": (replaced(1, "is_last", lambda a: a[-1]), "5 rows of image, but only 1 of is_last", "npz"),
+    "no pixels": (replaced(1, "image", lambda a: a[:, :0, :0]), r"no whole episode: .*\(5, 0, 0, 3\) uint8", "npz"),
     "reward column": (replaced(1, "reward", lambda a: a[:, None]), "no whole episode", "npz"),
     "one row": (instead(1, lambda es: {k: a[:1] for k, a in es[1].items()}), "no whole episode", "npz"),
     "no row": (instead(1, lambda es: {k: a[:0] for k, a in es[1].items()}), "no whole episode", "npz"),
