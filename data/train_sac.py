@@ -6,8 +6,7 @@
 --export tries the actors that scored about as much as the published set while they learned, and takes the nearest
 over 50 episodes, see export_actor(); mixed is the run's first episodes.
 
-One step = one gradient update, before which each of `--envs` environments makes one control step (physics is
-nearly free beside an update). Left behind in the run folder, all of it resumable:
+One step = one gradient update, before which each of `--envs` environments makes one control step. The run folder:
     checkpoint.pt            networks, optimisers, temperature, generators, counts
     replay/*.npy             the transitions, memory-mapped
     record/*.npy             per episode: reset seed, int16 actions, return, a full physics state every 50 steps
@@ -88,7 +87,7 @@ class SAC(nn.Module):
             "critic": torch.optim.Adam(critics, lr, fused=True),
             "alpha": torch.optim.Adam([self.log_alpha], lr),
         }
-        self.critic_pairs = list(zip(critics, [*self.q1_target.parameters(), *self.q2_target.parameters()]))
+        self.critics, self.targets = critics, [*self.q1_target.parameters(), *self.q2_target.parameters()]
 
     def sample(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """state (B, D), scaled -> action (B, A) in (-1, 1), its log-density (B, 1), the mean before tanh (B, A)."""
@@ -115,8 +114,7 @@ class SAC(nn.Module):
         self._step("actor", (actor_loss + self.mean_penalty * mean.square().sum(-1, keepdim=True)).mean())
         self._step("alpha", -(self.log_alpha * (log_prob.detach().mean() + self.target_entropy)))
         with torch.no_grad():
-            online, target = zip(*self.critic_pairs)
-            torch._foreach_lerp_(target, online, self.tau)
+            torch._foreach_lerp_(self.targets, self.critics, self.tau)
 
     def _step(self, name: str, loss: torch.Tensor) -> None:
         self.optimizers[name].zero_grad()
@@ -190,6 +188,8 @@ def train(args: Args) -> None:
         raise UserError(f"{out} holds a run of --seed {saved['seed']}; give a --runs-dir")
     episodes, done = saved["episodes"], saved["rounds"]
     all_episodes = episodes + max(rounds - done, 0) * args.envs
+    if (all_episodes - episodes) * EPISODE * (2 * D + A + 2) * 4 > shutil.disk_usage(out).free:  # would be a SIGBUS
+        raise UserError(f"{out}: no room on the disk for the replay; give fewer --steps or another --runs-dir")
     replay = Store(
         out / "replay", all_episodes * EPISODE,
         state=((D,), "f4"), action=((A,), "f4"), reward=((1,), "f4"), next_state=((D,), "f4"), discount=((1,), "f4"),

@@ -206,7 +206,7 @@ def listed(places: list) -> str:
 def export(path: Positional[Path], out: Path, format: Literal["npz", "hdf5"] = "npz") -> None:
     """One of our sets -> a new folder `out` of official files. npz: Offline DV2, LOMPO; hdf5: DrQ+BC, CQL, BC."""
     dataset, out = Dataset(path), out.resolve()
-    temporary = out.with_name(f"{out.name}.unfinished")  # a folder under its own name is whole
+    temporary = Path(f"{out}.unfinished")  # a folder under its own name is whole
     for folder in (out, temporary):
         if folder.exists():
             raise UserError(f"{folder} exists; delete it, or export to another folder")
