@@ -18,7 +18,7 @@ from conftest import run_python, synthetic_episode, write_set
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from store import DatasetWriter, write_meta
-from test_data import largest_file, load
+from test_data import largest_file, load, meta
 
 from common import ARRAYS, Dataset, TransitionBuffer, UserError
 
@@ -105,9 +105,9 @@ def test_import_npz(tmp_path, capsys):
     write_npz(folder := tmp_path / "main/cheetah_run/medium_replay/64px", episodes)
     made = do_import(folder, tmp_path, "cheetah-run/mixed-6px")
     assert_holds(made, episodes)
-    meta = json.loads((made / "meta.json").read_text())
-    assert (meta["task"], meta["source"], meta["name"]) == ("cheetah-run", "vd4rl", "mixed-6px")
-    assert (meta["size"], meta["render"], meta["mujoco"], meta["transitions"]) == (SIZE, "reference", None, 21)
+    facts = json.loads((made / "meta.json").read_text())
+    assert (facts["task"], facts["source"], facts["name"]) == ("cheetah-run", "vd4rl", "mixed-6px")
+    assert (facts["size"], facts["render"], facts["mujoco"], facts["transitions"]) == (SIZE, "reference", None, 21)
     printed = capsys.readouterr().out
     assert "3 episodes, 21 transitions" in printed and "397 of 400 published episodes ARE MISSING" in printed
     numbers, returns = re.search(r"imported(.*)", printed)[1].split(), [e["reward"].sum() for e in episodes]
@@ -379,6 +379,12 @@ def test_check_finds_what_changed_after_it_was_written(tmp_path):
         file.write_bytes(flipped)
         assert f"{file}: another sha256 than in meta.json; it changed after it was written" in vd4rl.findings(path)
         file.write_bytes(content)
+    for name, value, count in (("sha256", {}, 5), ("sha256", "none", 5), ("returns", 3, 1), ("episode_returns", "", 1)):
+        assert list(vd4rl.findings(path)) == []
+        content = (path / "meta.json").read_text()
+        meta(**{name: value})(path)
+        assert len(list(vd4rl.findings(path))) == count
+        (path / "meta.json").write_text(content)
 
 
 def test_the_check_command_on_a_medexp(tmp_path, capsys):
