@@ -79,8 +79,8 @@ def gl_backend() -> str:
 
 
 class DMCSimulator:
-    """A dm_control task without its pictures; manipulation.py has others. episode_steps: in actions, inf where the task
-    has no end. return_per_score: 10, V-D4RL's score is a tenth of the return."""
+    """A dm_control task without its pictures; manipulation.py has others. episode_steps: in actions.
+    return_per_score: 10, V-D4RL's score is a tenth of the return."""
 
     action_repeat, return_per_score, upside_down = 2, 10, False
 
@@ -94,8 +94,9 @@ class DMCSimulator:
         self.model, self.data = self.env.physics.model.ptr, self.env.physics.data.ptr
         spec = self.env.action_spec()
         self.low, self.high, self.action_dim = spec.minimum, spec.maximum, spec.shape[0]
-        limit = self.env._step_limit
-        self.episode_steps = limit if limit == math.inf else math.ceil(limit / self.action_repeat)
+        if self.env._step_limit == math.inf:  # lqr-*, whose actions have no bounds either
+            raise UserError(f"--task {task}: it has no end, so no episode of it can be made or scored")
+        self.episode_steps = math.ceil(self.env._step_limit / self.action_repeat)
         self.camera = 2 if domain == "quadruped" else 0
 
     def reset(self, seed: int) -> np.ndarray:
@@ -643,8 +644,8 @@ def evaluation_pool(args, facts: dict, frame_stack: int = 3) -> EnvPool | None:
     if facts["task"] == "own":
         raise UserError(f"{wanted}: there is none to evaluate in; train with --eval-every 0")
     pool = EnvPool(facts["task"], facts["size"], args.eval_episodes, frame_stack, facts["render"])
-    if pool.spec["action_dim"] != facts["action_dim"] or pool.spec["episode_steps"] == math.inf:
-        raise UserError(f"{wanted}: no episodes for it in {pool.spec}; train with --eval-every 0")
+    if pool.spec["action_dim"] != facts["action_dim"]:
+        raise UserError(f"{wanted}, not {pool.spec['action_dim']}; train with --eval-every 0")
     if facts["mujoco"] not in (None, importlib.metadata.version("mujoco")):
         print(f"warning: the data was rendered with mujoco {facts['mujoco']}, another than is installed here")
     return pool
@@ -820,7 +821,7 @@ def read(file: str | Path) -> dict:
         return {name: content[name] for name in READ.get(Path(file).name, ())} | content
     except Exception as error:  # pickle, zip, torch and JSON errors have no base class in common
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{file} is missing or damaged ({problem}); is it of a run, and finished?") from None
+        raise UserError(f"{file} is missing or damaged ({problem}): an unfinished run, or a folder to delete") from None
 
 
 def accelerate(agent, args) -> None:

@@ -347,7 +347,7 @@ def main(args: Args) -> None:
         return collect(args, name, total, folder(name, transitions))
 
     if args.dataset == "medexp":
-        each = None if args.transitions is None else args.transitions // 2
+        each = None if args.transitions is None else -(-args.transitions // 2)
         returns = np.concatenate([make(name, each) for name in PARTS])
         if not args.stats_only:
             join(folder("medexp", args.transitions), [Dataset(folder(name, each)) for name in PARTS])
