@@ -269,9 +269,7 @@ class Agent(nn.Module):
         actions = torch.cat([data[None], uniform, *near])
         log_density = torch.zeros_like(actions)  # per dimension
         if self.args.importance_sample:  # the policy's as if its noise were not clipped, like the released code
-            normal = [
-                -((a - m) / std).square() / 2 - std.log() - math.log(2 * math.pi) / 2 for a, m in zip(near, means)
-            ]
+            normal = [-((a - m) / std).square() / 2 - std.log() - math.log(math.tau) / 2 for a, m in zip(near, means)]
             log_density = torch.cat([torch.zeros_like(data)[None], torch.full_like(uniform, -math.log(2)), *normal])
         return actions, log_density.sum(-1, keepdim=True)
 
