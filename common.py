@@ -536,8 +536,8 @@ Share = Annotated[float, (0, 1)]
 
 FREE_FLAGS = {"data_dir", "runs_dir", "log_every", "buffer_device", "overwrite", "evaluate"}  # may differ on resume
 EVALUATE_FLAGS = FREE_FLAGS | {"eval_episodes", "device", "precision"}  # beside --evaluate
-READ = {"config.json": ("algo", "script", "args", "typed", "dataset", "resumed"),
-        "checkpoint.pt": ("step", "wall_s", "objects", "torch", "sizes")}  # what these files must hold  # fmt: skip
+READ = {"config.json": {"algo": str, "script": str, "args": dict, "typed": dict, "dataset": dict, "resumed": list},
+        "checkpoint.pt": {"step": int, "wall_s": float, "objects": dict, "sizes": dict}}  # fmt: skip
 EVAL_SEED = 1_000_000  # evaluation episode i starts from seed EVAL_SEED + i, in every run and at every step
 CHECKPOINT_SECONDS = 300.0
 for name in ("stdout", "stderr"):
@@ -695,12 +695,12 @@ class Run:
         """Raises UserError where this command is not the one that began the run. --steps may grow until it is over.
         --precision auto keeps the run's own."""
         if self.args.typed["precision"] == "auto":
-            self.args.precision = old["args"]["precision"]
+            self.args.precision = old["args"].get("precision")
         flags = {name: value for name, value in dataclasses.asdict(self.args).items() if name not in FREE_FLAGS}
         pairs = {f"--{name.replace('_', '-')}": (old["args"].get(name), value) for name, value in flags.items()}
-        if "steps" in flags and not finished and old["args"]["steps"] < self.args.steps:
+        if "steps" in flags and not finished and old["args"].get("steps", 0) < self.args.steps:
             del pairs["--steps"]
-        pairs["data"] = old["dataset"]["hash"], self.config["dataset"]["hash"]
+        pairs["data"] = old["dataset"].get("hash"), self.config["dataset"]["hash"]
         pairs[f"{self.code[0].name} (diff it with the copy there)"] = old["script"], self.config["script"]
         if changed := [f"{name} {was} -> {now}" for name, (was, now) in pairs.items() if was != now]:
             listed = ", ".join(changed)
@@ -814,11 +814,11 @@ def load_run(args) -> tuple[dict, dict]:
 
 
 def read(file: str | Path) -> dict:
-    """A config.json, or what torch.save wrote. Raises UserError that names the file."""
+    """A config.json, or what torch.save wrote, with what READ names. Raises UserError that names the file."""
     try:
         weights = Path(file).suffix == ".pt"
         content = torch.load(file, "cpu", weights_only=True) if weights else json.loads(Path(file).read_text())
-        return {name: content[name] for name in READ.get(Path(file).name, ())} | content
+        return content | {name: kind(content[name]) for name, kind in READ.get(Path(file).name, {}).items()}
     except Exception as error:  # pickle, zip, torch and JSON errors have no base class in common
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{file} is missing or damaged ({problem}): an unfinished run, or a folder to delete") from None

@@ -7,7 +7,7 @@
 over 50 episodes, see export_actor(); mixed is the run's first episodes.
 
 One step = one gradient update, before which each of `--envs` environments makes one control step. The run folder:
-    checkpoint.pt            networks, optimisers, temperature, generators, counts
+    sac.pt                   networks, optimisers, temperature, generators, counts
     replay/*.npy             the transitions, memory-mapped
     record/*.npy             per episode: reset seed, int16 actions, return, a full physics state every 50 steps
     actors/<step>.npz        candidates for medium and expert
@@ -181,9 +181,9 @@ def train(args: Args) -> None:
     if helped and (helped >= args.envs or not hasattr(physics[0], "head_height")):
         raise UserError("--upright and --guided are for humanoids, and together for fewer than --envs")
     rounds = -(-args.steps // EPISODE)  # every environment makes one episode a round
-    checkpoint, saved = out / "checkpoint.pt", {"rounds": 0, "episodes": 0, "seed": args.seed}
+    checkpoint, saved = out / "sac.pt", {"rounds": 0, "episodes": 0, "seed": args.seed}
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = common.read(checkpoint)
     if saved["seed"] != args.seed:
         raise UserError(f"{out} holds a run of --seed {saved['seed']}; give a --runs-dir")
     episodes, done = saved["episodes"], saved["rounds"]
@@ -324,9 +324,9 @@ def main(args: Args) -> None:
     if not args.export:
         return train(args)
     out, target = args.runs_dir / args.task, POLICIES / args.task
-    if not (out / "checkpoint.pt").exists():
+    if not (out / "sac.pt").exists():
         raise UserError(f"--export: {out} holds no training run; leave --export out to start one")
-    episodes = torch.load(out / "checkpoint.pt", weights_only=True)["episodes"]  # behind them: what a kill left
+    episodes = common.read(out / "sac.pt")["episodes"]  # behind them: what a kill left
     record = {file.stem: np.load(file, mmap_mode="r")[:episodes] for file in (out / "record").glob("*.npy")}
     target.mkdir(parents=True, exist_ok=True)
     for name in args.export:

@@ -267,7 +267,7 @@ def test_sac_killed_between_two_checkpoints_ends_as_if_never_killed(short, tmp_p
     assert "resumed at 20 updates" in capsys.readouterr().out
     whole = sac(tmp_path / "whole", 80)
     assert "resumed" not in capsys.readouterr().out
-    one, two = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (killed, whole))
+    one, two = (torch.load(folder / "sac.pt", weights_only=True) for folder in (killed, whole))
     assert one["step"] == two["step"] == 60
     assert all(torch.equal(one["agent"][name], two["agent"][name]) for name in two["agent"])
     for name in ("replay/action", "replay/reward", "record/physics", "record/seed", "record/ret"):
