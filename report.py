@@ -3,7 +3,8 @@
     python report.py --add runs/drq_bc/walker-walk/medium-84px/seed*   # rows, curves, flags, a video each: to results/
     python report.py                                                   # results/ and runs/ -> report/index.html
     python report.py --compare drq_bc my_idea                          # or drq_bc:tag; the interval of the difference
-    python report.py --docs                                            # tables of README, docs/; results/scores.png
+    python report.py --add RUN --weights                               # and the policy itself: to results/runs/ALGO
+    python report.py --docs                                            # tables of README, docs/; results/*.png, *.gif
 
 A run reports its last evaluation and the mean of the last max(2, 10 %), never the best one, which is chosen by the test
 set. Runs are averaged over seeds alone, see Group. Intervals are 95 %: of a mean over seeds Student's, of a difference
@@ -37,7 +38,7 @@ import numpy as np
 import scipy.stats
 
 import common
-from benchmarks.figures import color_of, looks, mean_curve, plot_curves, plot_scores
+from benchmarks.figures import color_of, film, looks, mean_curve, plot_curves, plot_scores
 from common import HERE, MANIPULATION, UserError, write_atomically
 
 KEY = ("algo", "task", "dataset", "source", "tag", "seed", "quick")  # one row of summary.csv per run
@@ -55,14 +56,16 @@ PAGE_BYTES = 19_500_000  # of index.html, its videos included
 # flags that leave the algorithm's setting as it is: they name the row, or change no more than rounding
 NEUTRAL = common.FREE_FLAGS | {"task", "dataset", "source", "transitions", "data_seed", "seed", "tag", "quick",
                                "device", "precision", "accelerate", "eval_every", "eval_episodes"}  # fmt: skip
+ACTING = ("encoder.", "actor.", "model.encoder.", "model.rssm.")  # beginnings of the weights that act() uses
 Row = dict[str, str]
 
 
 @dataclass
 class Args:
     add: tuple[str, ...] | None = None  # folders of finished runs: write what they have shown under results/ and stop
+    weights: bool = False  # beside --add: what --evaluate needs of one run, in half precision, to results/runs/ALGO
     compare: tuple[str, str] | None = None  # two variants, ALGO or ALGO:TAG: print their difference and stop
-    docs: bool = False  # fill the tables of README and docs/ from results/, draw results/scores.png and stop
+    docs: bool = False  # fill the tables of README and docs/ from results/, draw its pictures and stop
     results_dir: str | None = None  # where summary.csv and curves/ are; None: results/ beside this file
     runs_dir: str | None = None  # where run folders are; None: runs/ beside this file
     out: str = "report"  # where the page goes
@@ -233,6 +236,17 @@ def add(folders: list[Path], results: Path) -> None:
         write_atomically(results / "summary.csv", csv_bytes(COLUMNS, [rows[key] for key in sorted(rows)]))
 
 
+def add_weights(folder: Path, results: Path) -> None:
+    run, config, weights = read_run(folder), *(common.read(folder / name) for name in ("config.json", "weights.pt"))
+    config = {name: config[name] for name in ("algo", "script", "dataset")} | {"typed": {}, "resumed": []}
+    config |= {"args": run.args, "video": str(file_of(results, run.row, "videos").relative_to(results))}
+    acting = {k: v.half() for k, v in weights.items() if k.startswith(ACTING) and ".priors." not in k}
+    for name, content in (("config.json", json.dumps(config, indent=1).encode()), ("weights.pt", acting)):
+        file = results / "runs" / run.row["algo"] / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, content)
+
+
 def gather(results: Path, runs: Path | None) -> tuple[list[Result], dict[str, list[Path]]]:
     """Every finished run (its folder is preferred to its row in results/), and what was left out: reason -> places."""
     found, problems = [], defaultdict(list)
@@ -270,6 +284,7 @@ class Group:
         standard = name and name[1] in common.STANDARD_SETS and self.row["source"] in ("made", "vd4rl")
         standard = standard and not self.row["task"].startswith(MANIPULATION)
         self.set = name[1] if standard else None
+        self.paper = published().get((self.row["task"], self.row["dataset"].split("-")[0], self.row["algo"]))
         # variants can be compared where this is equal
         data = (self.set, self.row["data_mean"]) if self.set else (self.row["dataset"], self.row["data_hash"])
         self.place = (self.row["task"], data[0], self.row["source"], data[1], self.quick)
@@ -298,7 +313,7 @@ class Group:
         for name in SCORES:
             values = (value if value is None else round(value, 2) for value in interval(self.scores(name)))
             row |= zip((name, f"{name}_low", f"{name}_high"), values)
-        row["paper_mean"], row["paper_std"] = published().get((row["task"], self.set, row["algo"]), (None, None))
+        row["paper_mean"], row["paper_std"] = self.paper if self.set and self.paper else (None, None)
         row["wall_s"] = round(statistics.median(self.scores("wall_s")), 1)
         row["hardware"] = " + ".join(dict.fromkeys(run.row["hardware"] for run in self.runs))
         row["commits"] = " ".join(dict.fromkeys(run.row["commit"] for run in self.runs))
@@ -410,8 +425,6 @@ def variant(name: str, groups: list[Group]) -> list[Group]:
 
 def compare(names: tuple[str, ...], groups: list[Group]) -> str:
     """Two variants on the rows they share, and the interval of their difference (second minus first)."""
-    if len(names) != 2:
-        raise UserError("--compare A B: two variants, ALGO or ALGO:TAG")
     one, two = (variant(name, groups) for name in names)
     rows = []  # title, both groups
     for place in dict.fromkeys(a.place for a in one):
@@ -549,8 +562,7 @@ def write_report(results: Path, runs: Path | None, out: Path) -> None:
     write_atomically(out / "index.html", page)
     for reason, places in problems.items():
         print(f"left out: {places[0] if len(places) == 1 else f'{len(places)} (listed in the page)'}: {reason}")
-    size = f"{len(page) / 1e6:.1f} MB"
-    print(f"{len(found)} runs in {len(groups)} rows: {out / 'index.html'} ({size}), table.csv, curves")
+    print(f"{len(found)} runs in {len(groups)} rows: {out / 'index.html'}, {len(page) / 1e6:.1f} MB, table.csv, curves")
 
 
 def main(args: Args) -> None:
@@ -559,12 +571,13 @@ def main(args: Args) -> None:
     for typed, folder in ((args.results_dir, results), (args.runs_dir, runs)):
         if typed and args.add is None and not folder.is_dir():  # --add makes the one and needs no other
             raise UserError(f"--results-dir or --runs-dir {folder}: no such folder")
-    runs = runs if runs.is_dir() else None
     if args.add is not None:
         folders = [Path(path) for path in args.add if not path.endswith(".log")]  # seed* finds benchmark.sh's logs, too
         if not folders:
             raise UserError("--add: name run folders")
         add(folders, results)
+        for folder in folders if args.weights else ():
+            add_weights(folder, results)
     elif args.compare:
         print(compare(args.compare, groups_of(gather(results, runs)[0])))
     elif args.docs:
@@ -573,6 +586,9 @@ def main(args: Args) -> None:
                 write_atomically(page, text.encode())
                 print(f"filled {page}")
         plot_scores(groups_of(gather(results, None)[0])).savefig(results / "scores.png", dpi=110)
+        policies = map(common.read, sorted(results.glob("runs/*/config.json")))
+        if videos := {policy["algo"]: results / policy["video"] for policy in policies}:
+            write_atomically(results / "policies.gif", film(videos))
     else:
         write_report(results, runs, Path(args.out).expanduser())
 

@@ -634,7 +634,7 @@ def evaluate_run(args: Args) -> None:
     facts, weights = common.load_run(args)
     pool = common.evaluation_pool(args, facts, 1)
     agent = Agent(args, facts["action_dim"]).to(args.device)
-    agent.load_state_dict(weights)
+    agent.load_state_dict(agent.state_dict() | weights)  # results/runs/ has only those that act
     metrics, frames = evaluate(agent, pool, args)
     print(", ".join(f"{name} {np.round(value, 2)}" for name, value in metrics.items()))
     common.save_video(Path(args.evaluate) / "evaluation.mp4", frames)

@@ -1,12 +1,17 @@
 """The report's pictures as PNG, and the colours that they share with its page. report.py calls these functions with its
 groups: the rows of its tables, one per variant."""
 
+import io
 import statistics
 import zlib
 from collections import defaultdict
+from pathlib import Path
 
+import imageio.v2 as imageio
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.transforms import ScaledTranslation
+from PIL import Image, ImageDraw
 
 from common import MANIPULATION
 
@@ -67,35 +72,58 @@ def plot_curves(groups: list, look: dict[str, tuple[str, str]]) -> Figure:
 
 
 def plot_scores(groups: list) -> Figure:
-    """Last scores, a line per task and data, and what the data scores; of one algorithm's lengths the longest, its
-    untagged rows alone. Intervals where there are enough seeds, else the point is hollow."""
-    places = defaultdict(dict)
+    """A panel per algorithm and set: the curve, what the data scores, and the paper's score at full size. Of quick runs
+    and of those tagged "tenth", the longest."""
+    panels = defaultdict(dict)
     for group in sorted(groups, key=lambda group: group.steps):
-        if not group.row["tag"]:
-            places[group.place][group.name] = group
-    order = [place for place in dict.fromkeys(group.place for group in groups) if place in places]
-    figure, labels = Figure(figsize=(8, 1 + 0.62 * len(order)), layout="constrained"), []
-    axis = figure.subplots()
-    for at, place in enumerate(order):
-        found = [places[place][name] for name in sorted(places[place])]
-        kind = ", ".join([*place[1:3], *["quick"] * found[0].quick])
-        labels.append(f"{place[0]}\n{kind}")
-        axis.plot([found[0].table["data_score"]] * 2, [at - 0.38, at + 0.38], color="0.6", linewidth=2, zorder=0)
-        for i, group in enumerate(found):
-            score, low, high = (group.table[name] for name in ("score_last", "score_last_low", "score_last_high"))
-            y, color = at + 0.13 * (i - (len(found) - 1) / 2), color_of(group.name)
-            if group.enough:
-                axis.plot([low, high], [y, y], color=color)
-            axis.plot(score, y, "o", color=color, markersize=4, fillstyle="full" if group.enough else "none")
-    axis.set_xlim(min(0, axis.get_xlim()[0]), max(100, axis.get_xlim()[1]))
-    names = sorted({name for place in order for name in places[place]})
-    for name in names:
-        axis.plot([], [], "o", color=color_of(name), label=name)
-    axis.plot([], [], color="0.6", linewidth=2, label="the data's mean")
-    axis.set_xlabel("last score and its 95 % interval over seeds; hollow: too few seeds for one")
-    axis.set_yticks(range(len(labels)), labels)
-    axis.invert_yaxis()
-    axis.grid(axis="x", alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=len(names) + 1, fontsize=8, frameon=False)
+        if group.quick and not group.row["tag"] or group.row["tag"] == "tenth":
+            panels[group.row["algo"], group.row["task"], group.place[1].split("-")[0]][group.quick] = group
+    order = sorted(panels, key=lambda key: [*COLORS, key[0]].index(key[0]))  # stable: tasks and sets as they come
+    rows = -(-(len(order) + 1) // 4)
+    figure = Figure(figsize=(11, 2.3 * rows), layout="constrained")
+    axes = figure.subplots(rows, 4, squeeze=False).flatten()
+    for axis, key in zip(axes, order):
+        color, top = color_of(key[0]), 0
+        for quick, group in panels[key].items():
+            style = {"color": color, "linestyle": "-" if quick else "--"}
+            for run in group.runs:
+                axis.plot(*zip(*run.points), **style, linewidth=0.7, alpha=0.45)
+            axis.plot(*(zip(*mean) if (mean := mean_curve(group.runs)) else ([], [])), **style, linewidth=2.2)
+            axis.axhline(group.table["data_score"], color="0.6", linewidth=3, zorder=0)
+            top = max([top, group.table["data_score"], *(score for run in group.runs for _, score in run.points)])
+        if group.paper:
+            axis.plot(0.985, group.paper[0], "*", color="black", markersize=9, transform=axis.get_yaxis_transform())
+            top = max(top, group.paper[0])
+        axis.set(xlim=(0, None), ylim=(0, 1.08 * top), title=f"{key[0]}: {key[1]} {key[2]}")
+        axis.title.set(fontsize=9, fontweight="bold", color=color)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[len(order) :]:
+        axis.axis("off")
+    legend = axes[-1]
+    for label, style in {
+        "mean of the seeds, and each seed": {"color": "0.2", "linewidth": 2.2},
+        "a tenth of the paper's updates": {"color": "0.2", "linewidth": 2.2, "linestyle": "--"},
+        "the mean score of the data": {"color": "0.6", "linewidth": 3},
+        "the paper, full size": {"color": "black", "linestyle": "", "marker": "*", "markersize": 9},
+    }.items():
+        legend.plot([], [], **style, label=label)
+    legend.legend(loc="center", fontsize=8, frameon=False, title="score over gradient updates", title_fontsize=9)
     return figure
+
+
+def film(videos: dict[str, Path], frames: int = 100) -> bytes:
+    """A GIF in which the videos play side by side, named, each from start to end at about twice its speed."""
+    tiles = []
+    for name, file in videos.items():
+        video = np.stack(imageio.mimread(file, memtest=False))
+        small = [Image.fromarray(video[int(at)]).resize((128, 128), 0) for at in np.linspace(0, len(video) - 1, frames)]
+        for image in small:
+            ImageDraw.Draw(image).text((4, 2), name, fill="white", stroke_width=1, stroke_fill="black")
+        tiles.append(np.stack(small))
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % 3)
+    grid = np.concatenate([np.concatenate(tiles[i : i + 3], 2) for i in range(0, len(tiles), 3)], 1)
+    palette = Image.fromarray(grid[::10].reshape(-1, *grid.shape[2:])).quantize(64)
+    images, out = [Image.fromarray(frame).quantize(palette=palette, dither=0) for frame in grid], io.BytesIO()
+    images[0].save(out, "gif", save_all=True, append_images=images[1:], duration=125, loop=0)
+    return out.getvalue()

@@ -35,20 +35,16 @@ def commands(text: str) -> list[list[str]]:
     return [words for words in ours if Path(words[0]).name in SCRIPTS]
 
 
-def module_of(script: Path):
-    return importlib.import_module(script.stem)
-
-
 def problem_of(words: list[str], capsys) -> str:
     """What the script's parser says to a command; empty if it takes it."""
     script, words = SCRIPTS[Path(words[0]).name], [PLACEHOLDERS.get(word, word) for word in words[1:]]
     words = words[: words.index("--")] if "--" in words else words  # what follows is for another script
     try:
         if script.stem == "vd4rl":
-            module_of(script).main([words[0], "--help"])
+            importlib.import_module(script.stem).main([words[0], "--help"])
         else:
             config = (tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalRequiredArgs)
-            tyro.cli(module_of(script).Args, args=words, config=config)
+            tyro.cli(importlib.import_module(script.stem).Args, args=words, config=config)
     except SystemExit as error:  # status 0: --help
         return capsys.readouterr().err if error.code else ""
     return ""
@@ -64,7 +60,7 @@ def test_every_command_parses(page, capsys):
 @EACH
 def test_flags_that_a_page_names_exist(page):
     """Those in a block or inline."""
-    modules = [module_of(script) for script in SCRIPTS.values() if script.name != "slurm.py"]
+    modules = [importlib.import_module(script.stem) for script in SCRIPTS.values() if script.name != "slurm.py"]
     fields = [field.name for module in modules if hasattr(module, "Args") for field in dataclasses.fields(module.Args)]
     code = "\n".join(re.findall(r"^```\n.*?^```|`[^`\n]+`", (ROOT / page).read_text(), re.M | re.S))
     named = {flag.replace("_", "-") for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", code)}

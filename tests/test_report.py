@@ -267,8 +267,6 @@ def test_compare(world, capsys):
     assert found[5] == "mean of the 2 full rows of 3 or more seeds and equal length +12.0 [+7.5, +16.5]"
     for name in ("bc:wide", "bc"):  # the only tag there is need not be named
         assert lines("drq_bc:x", name)[2] == "walker-walk medium made 300 steps 90.0 (1) 8.0 (1) -82.0"
-    with pytest.raises(UserError, match="two variants"):
-        lines("bc")
     with pytest.raises(UserError, match="none/results: no such folder"):
         call(world / "none", docs=True)  # it would empty every table
     with pytest.raises(UserError, match="there are bc:wide, drq_bc, drq_bc:x, lompo, my_idea"):

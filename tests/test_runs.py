@@ -17,11 +17,13 @@ import time
 from pathlib import Path
 
 import filelock
+import imageio.v2 as imageio
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, FourStepsPool, run_main, run_python, write_set
 
 import common
+import report
 
 # Twelve updates each; of moto's 16, 5 are of the model alone, 3 offline, and 4 follow each of two episodes.
 FREE = "--feature-dim 4 --hidden-dim 8 --batch-size 4 --steps 12"
@@ -228,9 +230,13 @@ def test_evaluate_scores_a_finished_run_and_writes_a_video(algo, train, whole, t
     score = float(re.search(r"score (\S+),", capsys.readouterr().out)[1])
     expected = metrics_of(whole(algo))["eval.csv"][-1]["score"]  # the same weights on the same episodes
     assert score == pytest.approx(float(expected), abs=0.051)
+    report.add_weights(tmp_path / "run", tmp_path)  # those that act, in half precision; NaN in place of the others
+    acting, every = (torch.load(tmp_path / name / "weights.pt") for name in (f"runs/{algo}", "run"))
+    others = {name: value * torch.nan for name, value in every.items() if name not in {*acting, "_extra_state"}}
+    torch.save(acting | others, tmp_path / "runs" / algo / "weights.pt")
+    assert run_main(MODULES[algo], ["--evaluate", str(tmp_path / "runs" / algo)], pool=FourStepsPool) is None
+    assert float(re.search(r"score (\S+),", capsys.readouterr().out)[1]) == pytest.approx(score, abs=0.051)
     assert "--seed would change nothing" in line_of(train(algo, "--evaluate", tmp_path / "run", "--seed", 7), capsys)
-    import imageio.v2 as imageio
-
     with imageio.get_reader(tmp_path / "run" / "evaluation.mp4") as video:
         assert video.count_frames() in (4, 5)  # moto's also shows the last state
 
