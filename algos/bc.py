@@ -67,7 +67,8 @@ class Args:
 
 
 TUNED: dict = {}  # the paper gives BC one setting for all rows
-QUICK = {("*", "*"): {"transitions": 20_000, "batch_size": 128, "lr": 3e-4, "steps": 3_000, "eval_every": 500}}
+QUICK = {("*", "*"): {"transitions": 40_000, "batch_size": 256, "lr": 5e-4, "image_size": 64, "encoder_width": 8,
+                     "hidden_dim": 256, "steps": 7_000, "eval_every": 1_000}}  # fmt: skip
 
 FRAME_STACK = 3  # frames per observation, in the order they were seen
 
