@@ -75,9 +75,10 @@ def plot_scores(groups: list) -> Figure:
     """A panel per algorithm and set: the curve, what the data scores, and the paper's score at full size. Of quick runs
     and of those tagged "tenth", the longest."""
     panels = defaultdict(dict)
-    for group in sorted(groups, key=lambda group: group.steps):
+    for group in groups:
         if group.quick and not group.row["tag"] or group.row["tag"] == "tenth":
-            panels[group.row["algo"], group.row["task"], group.place[1].split("-")[0]][group.quick] = group
+            panel = panels[group.row["algo"], group.row["task"], group.place[1].split("-")[0]]
+            panel[group.quick] = max(panel.get(group.quick, group), group, key=lambda group: group.steps)
     order = sorted(panels, key=lambda key: [*COLORS, key[0]].index(key[0]))  # stable: tasks and sets as they come
     rows = -(-(len(order) + 1) // 4)
     figure = Figure(figsize=(11, 2.3 * rows), layout="constrained")
@@ -95,6 +96,7 @@ def plot_scores(groups: list) -> Figure:
             axis.plot(0.985, group.paper[0], "*", color="black", markersize=9, transform=axis.get_yaxis_transform())
             top = max(top, group.paper[0])
         axis.set(xlim=(0, None), ylim=(0, 1.08 * top), title=f"{key[0]}: {key[1]} {key[2]}")
+        axis.set_xlabel("environment steps" if group.table["env_steps"] else "", fontsize=8)
         axis.title.set(fontsize=9, fontweight="bold", color=color)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
@@ -121,8 +123,9 @@ def film(videos: dict[str, Path], frames: int = 100) -> bytes:
         for image in small:
             ImageDraw.Draw(image).text((4, 2), name, fill="white", stroke_width=1, stroke_fill="black")
         tiles.append(np.stack(small))
-    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % 3)
-    grid = np.concatenate([np.concatenate(tiles[i : i + 3], 2) for i in range(0, len(tiles), 3)], 1)
+    wide = min(3, len(tiles))
+    tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % wide)
+    grid = np.concatenate([np.concatenate(tiles[i : i + wide], 2) for i in range(0, len(tiles), wide)], 1)
     palette = Image.fromarray(grid[::10].reshape(-1, *grid.shape[2:])).quantize(64)
     images, out = [Image.fromarray(frame).quantize(palette=palette, dither=0) for frame in grid], io.BytesIO()
     images[0].save(out, "gif", save_all=True, append_images=images[1:], duration=125, loop=0)
