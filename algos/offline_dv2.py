@@ -93,8 +93,8 @@ class Args:
 
 
 TUNED = {("*", "random"): {"penalty_coef": 3.0}, ("walker-walk", "mixed"): {"penalty_coef": 8.0}}  # DIFF 2
-# A setting of its own: a small model and a critic that learn fast (1e-3). The penalty's weight goes with the rewards: on
-# random sets a step pays 0.015, and the disagreement is about 0.12.
+# A setting of its own: a small model and a critic that learn fast (1e-3). The penalty's weight goes with the rewards:
+# on random sets a step pays 0.015, and the disagreement is about 0.12.
 QUICK = {("*", "*"): {
     "transitions": 40_000, "batch_size": 16, "window": 25, "model_steps": 4_000, "agent_steps": 800,
     "eval_every": 100, "cnn_depth": 8, "stoch": 16, "classes": 16, "ensemble": 5, "units": 200, "model_lr": 1e-3,
