@@ -10,6 +10,7 @@ from pathlib import Path
 import imageio.v2 as imageio
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 from PIL import Image, ImageDraw
 
@@ -80,8 +81,8 @@ def plot_scores(groups: list) -> Figure:
             panel = panels[group.row["algo"], group.row["task"], group.place[1].split("-")[0]]
             panel[group.quick] = max(panel.get(group.quick, group), group, key=lambda group: group.steps)
     order = sorted(panels, key=lambda key: [*COLORS, key[0]].index(key[0]))  # stable: tasks and sets as they come
-    rows = -(-(len(order) + 1) // 4)
-    figure = Figure(figsize=(11, 2.3 * rows), layout="constrained")
+    rows = max(1, -(-len(order) // 4))
+    figure = Figure(figsize=(11, 0.5 + 2.3 * rows), layout="constrained")
     axes = figure.subplots(rows, 4, squeeze=False).flatten()
     for axis, key in zip(axes, order):
         color, top = color_of(key[0]), 0
@@ -95,22 +96,21 @@ def plot_scores(groups: list) -> Figure:
         if group.paper:
             axis.plot(0.985, group.paper[0], "*", color="black", markersize=9, transform=axis.get_yaxis_transform())
             top = max(top, group.paper[0])
-        axis.set(xlim=(0, None), ylim=(0, 1.08 * top), title=f"{key[0]}: {key[1]} {key[2]}")
+        axis.set(xlim=(0, None), ylim=(0, 1.08 * top), title=f"{key[0]}: {key[1].removeprefix('metaworld-')} {key[2]}")
         axis.set_xlabel("environment steps" if group.table["env_steps"] else "", fontsize=8)
         axis.title.set(fontsize=9, fontweight="bold", color=color)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[len(order) :]:
         axis.axis("off")
-    legend = axes[-1]
-    for label, style in {
-        "mean of the seeds, and each seed": {"color": "0.2", "linewidth": 2.2},
-        "a tenth of the paper's updates": {"color": "0.2", "linewidth": 2.2, "linestyle": "--"},
-        "the mean score of the data": {"color": "0.6", "linewidth": 3},
-        "the paper, full size": {"color": "black", "linestyle": "", "marker": "*", "markersize": 9},
-    }.items():
-        legend.plot([], [], **style, label=label)
-    legend.legend(loc="center", fontsize=8, frameon=False, title="score over gradient updates", title_fontsize=9)
+    lines = {
+        "score over gradient updates: mean of the seeds, and each seed": {"linewidth": 2.2},
+        "a tenth of the paper's updates": {"linewidth": 2.2, "linestyle": "--"},
+        "mean of the data": {"color": "0.6", "linewidth": 3},
+        "the paper, full size": {"linestyle": "", "marker": "*", "markersize": 9},
+    }
+    handles = [Line2D([], [], **{"color": "black"} | style, label=label) for label, style in lines.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     return figure
 
 
