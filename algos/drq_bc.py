@@ -77,7 +77,8 @@ class Args:
 
 
 TUNED: dict = {}  # the paper gives DrQ+BC one setting for all rows
-QUICK = {("*", "*"): {"transitions": 20_000, "batch_size": 128, "lr": 3e-4, "steps": 2_000, "eval_every": 500}}
+QUICK = {("*", "*"): {"transitions": 40_000, "lr": 3e-4, "image_size": 64, "encoder_width": 8, "hidden_dim": 256,
+                     "noise_steps": 4_000, "steps": 8_000, "eval_every": 1_000}}  # fmt: skip
 
 FRAME_STACK = 3  # frames per observation, in the order they were seen
 
