@@ -108,16 +108,16 @@ TUNED = {  # DIFF 8
                          "bc_filter": "success", "bc_success_reward": 4.0, "eval_episodes": 20},
     ("kitchen-partial", "*"): {"bc_success_reward": 3.0},  # no demonstration solves its four; any three count (C.1)
 }  # fmt: skip
-# A setting of its own: a small model that learns faster, then actor and critics; the paper's rates on few episodes.
-QUICK_DEMOS = {"offline_steps": 1_000, "online_episodes": 40, "eval_every": 150, "actor_lr": 8e-5, "critic_lr": 8e-5,
-               "target_every": 100, "penalty_coef": 10.0, "bc_quantile": 0.5}  # fmt: skip
+# A small model that learns fast, alone at first; then actor and critics, from demonstrations at the paper's rates.
+DEMOS = {"offline_steps": 1_200, "online_episodes": 150, "updates_per_episode": 12, "eval_every": 300,
+         "actor_lr": 8e-5, "critic_lr": 8e-5, "target_every": 100, "penalty_coef": 10.0, "bc_coef": 100.0}  # fmt: skip
 QUICK = {
-    ("*", "*"): {"transitions": 30_000, "offline_steps": 2_000, "model_first": 600, "updates_per_episode": 20,
-                 "batch_size": 8, "window": 25, "eval_every": 200, "model_lr": 1e-3, "actor_lr": 3e-4,
-                 "critic_lr": 1e-3, "target_every": 10, "penalty_coef": 1.0, "bc_quantile": 0.75, "cnn_depth": 16,
-                 "ensemble": 5, "units": 200},
-    ("metaworld-*", "*"): QUICK_DEMOS | {"transitions": 5_000},  # 50 demonstrations, not 10
-    ("kitchen-*", "*"): QUICK_DEMOS,
+    ("*", "*"): {"transitions": 30_000, "offline_steps": 2_000, "model_first": 600, "batch_size": 8, "window": 25,
+                 "eval_every": 200, "model_lr": 1e-3, "actor_lr": 3e-4, "critic_lr": 1e-3, "target_every": 10,
+                 "penalty_coef": 1.0, "bc_quantile": 0.75, "cnn_depth": 8, "stoch": 16, "classes": 16, "ensemble": 5,
+                 "units": 200},
+    ("metaworld-*", "*"): DEMOS | {"transitions": 1_000},  # 10 demonstrations, as in the paper
+    ("kitchen-*", "*"): DEMOS,
 }  # fmt: skip
 
 SIZE = 64  # pixels per side: what the decoder's kernels give
