@@ -14,8 +14,6 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 from PIL import Image, ImageDraw
 
-from common import MANIPULATION
-
 # a colour belongs to an algorithm for ever
 COLORS = {"bc": "#0072b2", "drq_bc": "#d55e00", "cql": "#009e73", "offline_dv2": "#cc6699", "lompo": "#b8860b",
           "moto": "#7f3fbf"}  # fmt: skip
@@ -49,7 +47,9 @@ def plot_curves(groups: list, look: dict[str, tuple[str, str]]) -> Figure:
     """One chart: a thick line per variant, thin ones per seed, what the data scores, dotted what the paper reports."""
     figure, first = Figure(figsize=(6.4, 4.4), layout="constrained"), groups[0]
     axis = figure.subplots()
-    axis.axhline(first.table["data_score"], color="0.7", linewidth=3, zorder=0, label="the data's mean")
+    success = first.table["success_last"] is not None  # its points are percentages, the data's mean is a return
+    if not success:
+        axis.axhline(first.table["data_score"], color="0.7", linewidth=3, zorder=0, label="the data's mean")
     for i, group in enumerate(groups):
         color, dashes = look[group.name]
         pattern = (0, [float(length) / 2 for length in dashes.split()]) if dashes else "-"
@@ -66,7 +66,7 @@ def plot_curves(groups: list, look: dict[str, tuple[str, str]]) -> Figure:
     axis.autoscale_view()
     axis.set_ylim(min(-3, axis.get_ylim()[0]), max(103, axis.get_ylim()[1]))
     axis.set_xlabel("environment steps" if first.table["env_steps"] else "gradient updates")
-    axis.set_ylabel("score (return)" if first.row["task"].startswith(MANIPULATION) else "score (return / 10)")
+    axis.set_ylabel("success, % of the episodes" if success else "score (return / 10)")
     axis.set_title(" ".join(first.place[:3]) + ", quick" * first.quick)
     axis.legend(fontsize=8, handlelength=4)
     return figure
@@ -85,18 +85,25 @@ def plot_scores(groups: list) -> Figure:
     figure = Figure(figsize=(11, 0.5 + 2.3 * rows), layout="constrained")
     axes = figure.subplots(rows, 4, squeeze=False).flatten()
     for axis, key in zip(axes, order):
-        color, top = color_of(key[0]), 0
+        color, marks, starts, what = color_of(key[0]), [], [], key[2]
         for quick, group in panels[key].items():
             style = {"color": color, "linestyle": "-" if quick else "--"}
             for run in group.runs:
                 axis.plot(*zip(*run.points), **style, linewidth=0.7, alpha=0.45)
+                marks += [score for _, score in run.points]
+                starts += [2 * first - second for (first, _), (second, _) in zip(run.points, run.points[1:2])]
             axis.plot(*(zip(*mean) if (mean := mean_curve(group.runs)) else ([], [])), **style, linewidth=2.2)
-            axis.axhline(group.table["data_score"], color="0.6", linewidth=3, zorder=0)
-            top = max([top, group.table["data_score"], *(score for run in group.runs for _, score in run.points)])
+            if group.table["success_last"] is None:
+                axis.axhline(group.table["data_score"], color="0.6", linewidth=3, zorder=0)
+                marks.append(group.table["data_score"])
+        if group.table["success_last"] is not None:
+            marks, what = [100], "success in %"
         if group.paper:
             axis.plot(0.985, group.paper[0], "*", color="black", markersize=9, transform=axis.get_yaxis_transform())
-            top = max(top, group.paper[0])
-        axis.set(xlim=(0, None), ylim=(0, 1.08 * top), title=f"{key[0]}: {key[1].removeprefix('metaworld-')} {key[2]}")
+            marks.append(group.paper[0])
+        left = max(0, min(starts, default=0))  # a world model's first phase has no evaluations
+        axis.set(xlim=(left, None), ylim=(0, 1.08 * max(marks)))
+        axis.set_title(f"{key[0]}: {key[1].removeprefix('metaworld-')} {what}")
         axis.set_xlabel("environment steps" if group.table["env_steps"] else "", fontsize=8)
         axis.title.set(fontsize=9, fontweight="bold", color=color)
         axis.tick_params(labelsize=8)

@@ -101,7 +101,7 @@ def test_runs_that_collect(tmp_path):
     (row,) = add(tmp_path, write_run(tmp_path / "r", (10, 20, 30, 60), task="metaworld-drawer-open", columns=more))
     assert [row[name] for name in ("env_steps", "episodes", "success_last")] == ["4000", "20", "100.0"]
     group = report.Group(report.gather(tmp_path / "results", None)[0])
-    assert group.runs[0].points == [(0, 20.0), (2000, 30.0), (4000, 60.0)]
+    assert group.runs[0].points == [(0, 25.0), (2000, 50.0), (4000, 100.0)]
     text = report.markdown([group])
     assert "| 60.0 (success 100 %) | 45.0 (success 75 %) |" in text and "; 4,000 steps online |" in text
     assert "made, 441.2" in text
