@@ -277,8 +277,10 @@ class EnvPool:
         return {"score": returns.mean() / per_score} | success | {"return": returns.tolist()}
 
     def close(self) -> None:
-        for worker in self.workers:
+        for worker in getattr(self, "workers", ()):
             worker.shutdown()
+
+    __del__ = close  # left to the interpreter's end, a pool may print a traceback: its thread is ending then, too
 
 
 # ==== Data ====

@@ -237,6 +237,15 @@ def running(pid: int) -> bool:
     return bool(state) and not state.startswith("Z")
 
 
+def test_workers_end_with_their_pool():
+    """What main() leaves behind would end beside the interpreter, whose traceback then says "Bad file descriptor"."""
+    pool = EnvPool("cheetah-run", 16, 2, workers=2)
+    threads = [worker._executor_manager_thread for worker in pool.workers]
+    assert len(threads) == 2 and all(thread.is_alive() for thread in threads)
+    del pool
+    assert not any(thread.is_alive() for thread in threads)
+
+
 def test_workers_end_with_their_parent_and_import_its_common(tmp_path):
     """Though the parent is killed, and the current folder holds another common.py."""
     (tmp_path / "common.py").write_text("raise SystemExit('the wrong one')")
