@@ -93,10 +93,8 @@ def points_of(evaluations: list[Row]) -> list[tuple[int, float]]:
     """Gradient updates and score of each evaluation; percent of successes where they are counted. Of a run that also
     collects: steps in the environment, from the end of its offline phase on."""
     name = "success" if "success" in evaluations[-1] else "score"
-    if int(evaluations[-1].get("env_steps") or 0):
-        offline = sum(int(row["env_steps"]) == 0 for row in evaluations)
-        return [(int(row["env_steps"]), float(row[name])) for row in evaluations[max(offline - 1, 0) :]]
-    return [(int(row["step"]), float(row[name])) for row in evaluations]
+    clock = "env_steps" if int(evaluations[-1].get("env_steps") or 0) else "step"
+    return list({int(row[clock]): float(row[name]) for row in evaluations}.items())  # of several at 0 steps the last
 
 
 def read_csv(file: Path) -> list[Row]:
