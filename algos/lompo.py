@@ -96,8 +96,8 @@ class Args:
 
 TUNED = {("*", "random"): {"penalty_coef": 1.0}}
 QUICK = {("*", "*"): {
-    "transitions": 40_000, "batch_size": 16, "window": 25, "model_steps": 1_800, "agent_steps": 4_000,
-    "eval_every": 400, "cnn_depth": 8, "ensemble": 5, "penalty_coef": 1.0,
+    "transitions": 40_000, "batch_size": 16, "window": 25, "model_steps": 1_800, "agent_steps": 6_000,
+    "eval_every": 600, "actor_lr": 1e-4, "cnn_depth": 8, "ensemble": 5, "penalty_coef": 1.0,
 }}  # fmt: skip
 
 SIZE = 64  # pixels per side: what the decoder's kernels give
