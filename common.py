@@ -5,8 +5,8 @@
     runs           parse_args, Run, accelerate
 
 The algorithm files import this one and nothing else of the project: a folder that holds one of them and this file works
-(for manipulation tasks also manipulation.py). Networks, losses, schedules and augmentation are not here: papers
-describe them."""
+(manipulation tasks need manipulation.py beside it, other looks and bodies variations.py). Networks, losses, schedules
+and augmentation are not here: papers describe them."""
 
 import atexit
 import concurrent.futures
@@ -84,13 +84,15 @@ class DMCSimulator:
 
     action_repeat, return_per_score, upside_down = 2, 10, False
 
-    def __init__(self, task: str):
+    def __init__(self, task: str, body: str | None = None):
         from dm_control import suite
 
         domain, _, name = task.partition("-")
         if (domain, name) not in suite.ALL_TASKS:
             raise KeyError(", ".join(sorted("-".join(pair) for pair in suite.ALL_TASKS)))
-        self.env = suite.load(domain, name)
+        if body:
+            from variations import load_body
+        self.env = load_body(task, body) if body else suite.load(domain, name)
         self.model, self.data = self.env.physics.model.ptr, self.env.physics.data.ptr
         spec = self.env.action_spec()
         self.low, self.high, self.action_dim = spec.minimum, spec.maximum, spec.shape[0]
@@ -128,7 +130,7 @@ class Env:
     spec: action_dim, action_repeat, return_per_score, episode_steps, see DMCSimulator."""
 
     def __init__(self, simulator, size: int | None, frame_stack: int, render: str):
-        self.simulator, self.frame_stack, self.renderer = simulator, frame_stack, None
+        self.simulator, self.frame_stack, self.renderer, self.distractor = simulator, frame_stack, None, None
         names = ("action_dim", "action_repeat", "return_per_score", "episode_steps")
         self.spec = {name: getattr(simulator, name) for name in names}
         if size is not None:
@@ -148,9 +150,16 @@ class Env:
                 known = ", ".join(f"{name}={os.environ[name]}" for name in names if os.environ.get(name))
                 raise UserError(f"{gl} cannot render here ({error}). Set: {known or 'nothing'}. {GL_HELP}") from None
 
-    def reset(self, seed: int) -> tuple[np.ndarray, dict]:
-        """Starts the episode that the seed names, whatever was before. Returns obs and info {"state": (D,) float32}."""
+    def reset(self, seed: int, look=None) -> tuple[np.ndarray, dict]:
+        """Starts the episode that the seed names, whatever was before, in a look of variations.py; None: plain. Returns
+        obs and info {"state": (D,) float32}."""
         state = self.simulator.reset(seed)
+        if look and self.renderer and not self.distractor:
+            from variations import Distractor
+
+            self.distractor = Distractor(self.simulator.model, self.simulator.data, self.renderer)
+        if self.distractor:
+            self.distractor.start(look)
         self.frames = [self.frame()] * self.frame_stack if self.renderer else [state]
         return np.concatenate(self.frames), {"state": state}
 
@@ -163,15 +172,18 @@ class Env:
 
     def frame(self) -> np.ndarray:
         """The current state as a picture (3, S, S) uint8."""
+        if self.distractor:
+            self.distractor.move()
         self.renderer.update_scene(self.simulator.data, self.simulator.camera)
         picture = self.renderer.render()  # (S, S, 3)
         picture = picture[::-1, ::-1] if self.simulator.upside_down else picture
         return np.ascontiguousarray(picture.transpose(2, 0, 1))
 
 
-def make_env(task: str, size: int | None = 84, frame_stack: int = 3, render: str = "fast") -> Env:
+def make_env(task: str, size: int | None = 84, frame_stack: int = 3, render: str = "fast", body: str | None = None):
     """task: "domain-task" of dm_control, or one of manipulation.py; size: pixels per side, None for states instead of
-    frames; render: a key of RENDER_QUALITY. Raises UserError for an unknown task, without GL, or without packages."""
+    frames; render: a key of RENDER_QUALITY; body: a letter of variations.py. Raises UserError for an unknown task,
+    without GL, or without packages."""
     try:
         with mock.patch.dict(os.environ, MUJOCO_GL="off"):  # importing mujoco or dm_control starts no GL: Env does
             if task.startswith(MANIPULATION):
@@ -179,7 +191,7 @@ def make_env(task: str, size: int | None = 84, frame_stack: int = 3, render: str
 
                 simulator = make_simulator(task, render)
             else:
-                simulator = DMCSimulator(task)
+                simulator = DMCSimulator(task, body)
     except (ModuleNotFoundError, AttributeError) as error:  # no package, or a mujoco that dm_control does not know
         how = "pip install -r requirements.txt"
         if task.startswith(MANIPULATION):
@@ -203,9 +215,9 @@ def begin_worker(gl: str) -> None:
     threading.Thread(target=lambda: (wait(), os._exit(0)), daemon=True).start()
 
 
-def in_worker(kwargs: dict, function, arguments: list) -> list:
+def in_worker(kwargs: list[dict], function, arguments: list) -> list:
     while len(ENVS) < len(arguments):
-        ENVS.append(make_env(**kwargs))
+        ENVS.append(make_env(**kwargs[len(ENVS)]))
     return [None if words is None else function(env, *words) for env, words in zip(ENVS, arguments)]
 
 
@@ -215,11 +227,16 @@ class EnvPool:
     Workers are forked from a server that has imported this file and dm_control once. They touch no CUDA, render with
     one thread each, and end with their parent, however it ends. An exception in a worker is raised here. After reset()
     and step(): obs (count, ...); infos; done (count,) bool, a finished episode gets reward 0 and keeps its obs; success
-    (count,) bool, whether the task was solved at some step. spec: see Env."""
+    (count,) bool, whether the task was solved at some step. spec: see Env. groups: in place of `count` plain ones, a
+    body and a look of variations.py for each, under the name of the metric that they have in summary()."""
 
-    def __init__(self, task, size, count, frame_stack=3, render="fast", workers=None):
-        self.count, self.parts = count, np.array_split(np.arange(count), min(count, workers or cores()))
-        self.kwargs = {"task": task, "size": size, "frame_stack": frame_stack, "render": render}
+    def __init__(self, task, size, count, frame_stack=3, render="fast", workers=None, groups=None):
+        self.groups = groups or {"score": [(None, None)] * count}
+        bodies, self.looks = zip(*(scene for scenes in self.groups.values() for scene in scenes))
+        self.count = count = len(bodies)
+        self.parts = np.array_split(np.arange(count), min(count, workers or cores()))
+        common = {"task": task, "size": size, "frame_stack": frame_stack, "render": render}
+        self.kwargs = [common | {"body": body} for body in bodies]
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["common", "mujoco", "dm_control.suite"])
         self.workers = [ProcessPoolExecutor(1, context, begin_worker, (gl_backend(),)) for _ in self.parts]
@@ -236,8 +253,8 @@ class EnvPool:
     def call(self, function, arguments: list) -> list:
         """function(env, *arguments[i]) in every environment i whose arguments are not None; results in order."""
         try:
-            futures = [worker.submit(in_worker, self.kwargs, function, [arguments[i] for i in part])
-                       for worker, part in zip(self.workers, self.parts)]  # fmt: skip
+            each = [([self.kwargs[i] for i in part], function, [arguments[i] for i in part]) for part in self.parts]
+            futures = [worker.submit(in_worker, *words) for worker, words in zip(self.workers, each)]
             while concurrent.futures.wait(futures, timeout=60).not_done:
                 print("note: an environment worker has not answered for a minute", flush=True)
             return [result for future in futures for result in future.result()]
@@ -252,8 +269,9 @@ class EnvPool:
             raise
 
     def reset(self, seeds) -> np.ndarray:
-        """Starts episode seeds[i] in environment i. Returns obs (count, C, S, S) uint8."""
-        obs, self.infos = zip(*self.call(Env.reset, [(int(seed),) for seed in seeds]))
+        """Starts episode seeds[i] in environment i, in looks[i]. Returns obs (count, C, S, S) uint8."""
+        starts = [(int(seed), look) for seed, look in zip(seeds, self.looks)]
+        obs, self.infos = zip(*self.call(Env.reset, starts))
         self.done, self.success = np.zeros(self.count, bool), np.zeros(self.count, bool)
         self.obs, self.infos = np.stack(obs), list(self.infos)
         return self.obs
@@ -270,11 +288,12 @@ class EnvPool:
         return self.obs, reward, terminal
 
     def summary(self, returns: np.ndarray) -> dict:
-        """What an evaluation logs: the score, which is the mean of returns (count,), on dm_control a tenth of it as in
-        V-D4RL; for manipulation also the percentage of successes; every return."""
-        per_score = self.spec["return_per_score"]
+        """What an evaluation logs: the score of each group, which is the mean of its returns, on dm_control a tenth of
+        it as in V-D4RL; for manipulation also the percentage of successes; every return (count,)."""
+        per_score, ends = self.spec["return_per_score"], np.cumsum([len(scenes) for scenes in self.groups.values()])
+        scores = {name: part.mean() / per_score for name, part in zip(self.groups, np.split(returns, ends[:-1]))}
         success = {"success": 100 * self.success.sum() / self.count} if per_score == 1 else {}
-        return {"score": returns.mean() / per_score} | success | {"return": returns.tolist()}
+        return scores | success | {"return": returns.tolist()}
 
     def close(self) -> None:
         for worker in getattr(self, "workers", ()):
@@ -292,7 +311,7 @@ class EnvPool:
 # medexp has image-0.npy and image-1.npy, links to the frames of medium and expert, which take no space.
 
 STANDARD_SETS = ("random", "mixed", "medium", "medexp", "expert")  # V-D4RL's
-NAMED_SETS = (*STANDARD_SETS, "demos", "partial")  # and those of manipulation tasks
+NAMED_SETS = (*STANDARD_SETS, "ranexp", "demos", "partial")  # random and expert (D.3); of manipulation tasks
 META = {"task": str, "source": str, "size": int, "render": str, "mujoco": str | None, "action_dim": int}  # of meta.json
 ARRAYS = {"image": np.uint8, "action": np.float32, "reward": np.float32, "discount": np.float32, "episode": np.int64}
 
@@ -342,18 +361,24 @@ class Dataset:
     def facts(self) -> dict:
         """What a run has to know of its data without opening it, for config.json."""
         names = (*META, "num_episodes", "num_transitions", "mean_return", "hash")
-        return {"set": self.path.name} | {name: getattr(self, name) for name in names}
+        facts = {name: getattr(self, name) for name in names} | {"variation": self.meta.get("variation")}
+        return {"set": self.path.name} | facts
 
 
 def standard_set(args, size: int) -> tuple[Path, list[str]]:
     """Folder of the standard set that `args` name, <data_dir>/<source>/<task>/<dataset>-<size>px[-<transitions>]
-    [-seed<s>] (the last two if given), and what makes it: the words behind python, from the repository's root."""
+    [-seed<s>][-<distraction><shifted>][-bodies], and what makes it: the words behind python, from the repository's
+    root."""
     suffix = f"-{args.transitions}" if args.transitions else ""
     suffix += f"-seed{args.data_seed}" if args.data_seed else ""
+    suffix += f"-{args.distraction}{args.shifted}" if args.distraction != "none" else ""
+    suffix += "-bodies" if args.bodies else ""
     flags = {"task": args.task, "dataset": args.dataset, "size": size, "data-dir": Path(args.data_dir).resolve()}
     flags |= {"transitions": args.transitions} if args.transitions else {}
     flags |= {"seed": args.data_seed} if args.data_seed else {}
+    flags |= {"distraction": args.distraction, "shifted": args.shifted} if args.distraction != "none" else {}
     words = ["data/collect.py", *(word for name, value in flags.items() for word in (f"--{name}", str(value)))]
+    words += ["--bodies"] if args.bodies else []
     return Path(args.data_dir) / args.source / args.task / f"{args.dataset}-{size}px{suffix}", words
 
 
@@ -616,8 +641,9 @@ def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
     for flag, name in {"tag": args.tag, "task": task}.items():  # they become folders
         if not re.fullmatch(r"([\w-][\w.-]*)?", name):
             raise UserError(f"--{flag} {name}: letters, digits, - and _")
-    if (args.transitions or args.data_seed) and (own or args.source != "made"):
-        flags = f"--transitions {args.transitions} --data-seed {args.data_seed}"
+    made = args.transitions or args.data_seed or args.bodies or args.distraction != "none" or args.shifted != 100
+    if made and (own or args.source != "made"):
+        flags = "--transitions, --data-seed, --distraction, --shifted, --bodies"
         raise UserError(f"{flags}: only standard sets that are made here have these")
     if own and first.task not in (task, args_class().task):
         raise UserError(f"--task {first.task}: {first.dataset} is of task {task}")
@@ -645,7 +671,12 @@ def evaluation_pool(args, facts: dict, frame_stack: int = 3) -> EnvPool | None:
     wanted = f"{facts['set']} is of task {facts['task']} with {facts['action_dim']} action dimensions"
     if facts["task"] == "own":
         raise UserError(f"{wanted}: there is none to evaluate in; train with --eval-every 0")
-    pool = EnvPool(facts["task"], facts["size"], args.eval_episodes, frame_stack, facts["render"])
+    groups = None
+    if facts.get("variation"):
+        from variations import evaluation_groups
+
+        groups = evaluation_groups(facts["variation"], args.eval_episodes)
+    pool = EnvPool(facts["task"], facts["size"], args.eval_episodes, frame_stack, facts["render"], groups=groups)
     if pool.spec["action_dim"] != facts["action_dim"]:
         raise UserError(f"{wanted}, not {pool.spec['action_dim']}; train with --eval-every 0")
     if facts["mujoco"] not in (None, importlib.metadata.version("mujoco")):
@@ -672,6 +703,8 @@ class Run:
         self.args, self.code, self.stop_signal = args, [script, HERE / "common.py"], 0
         if args.task.startswith(MANIPULATION):
             self.code.append(HERE / "manipulation.py")
+        if dataset.facts()["variation"]:
+            self.code.append(HERE / "variations.py")
         self.path = run_folder(args, script.stem, dataset.path.name, dataset.source)
         self.config = {"algo": script.stem, "script": hashlib.sha256(script.read_bytes()).hexdigest()[:12]}
         self.config |= {"dataset": dataset.facts(), "typed": args.typed, "resumed": []}

@@ -15,6 +15,7 @@ wanted, with commas between them: * stands for any text, nothing for an empty co
 
     <!-- results algo=bc,cql dataset=medium* tag= quick=True rows=12 -->
     <!-- speed part=update about=cql -->            of results/throughput*.json: one part, lines that begin with cql
+    <!-- varied -->                                 rows on other looks and bodies, see benchmarks/tables.py
     <!-- end -->                                    ends each of them"""
 
 import base64
@@ -38,7 +39,8 @@ import numpy as np
 import scipy.stats
 
 import common
-from benchmarks.figures import color_of, film, looks, mean_curve, plot_curves, plot_scores
+from benchmarks.figures import color_of, film, looks, mean_curve, plot_curves, plot_scores, plot_shifts
+from benchmarks.tables import speed, varied_table
 from common import HERE, MANIPULATION, UserError, write_atomically
 
 KEY = ("algo", "task", "dataset", "source", "tag", "seed", "quick")  # one row of summary.csv per run
@@ -79,10 +81,13 @@ class Result:
     """A finished run, from its folder (own) or from results/."""
 
     row: Row  # COLUMNS
-    points: list[tuple[int, float]]  # see points_of
+    evaluations: list[Row]  # of eval.csv
     args: dict  # the flags that say what it computed
     video: Path
     own: bool
+
+    def __post_init__(self):
+        self.points = points_of(self.evaluations)
 
     @property
     def name(self) -> str:
@@ -118,7 +123,7 @@ def read_run(folder: Path) -> Result:
         evaluations = read_csv(folder / "eval.csv")
         args = {name: portable(value) for name, value in config["args"].items() if name not in common.FREE_FLAGS}
         row = row_of(config, finished, evaluations)
-        return Result(row, points_of(evaluations), args, folder / "evaluation.mp4", own=True)
+        return Result(row, evaluations, args, folder / "evaluation.mp4", own=True)
     except (LookupError, TypeError, ValueError, AttributeError, OSError, csv.Error) as error:
         problem = f"{error} is missing" if isinstance(error, KeyError) else error
         raise UserError(f"{folder}: malformed ({problem}); --overwrite makes the run again") from None
@@ -255,7 +260,7 @@ def gather(results: Path, runs: Path | None) -> tuple[list[Result], dict[str, li
             for name in ("steps", "data_mean", *SCORES, "wall_s"):
                 float(row[name])
             args = dict(json.loads(config.read_text()))
-            found.append(Result(row, points_of(read_csv(curve)), args, video, own=False))
+            found.append(Result(row, read_csv(curve), args, video, own=False))
         except (OSError, LookupError, TypeError, ValueError) as error:
             problems[f"broken, or its row in summary.csv, or its configuration ({error})"].append(curve)
     files = [file for name in ("config.json", "eval.csv") for file in (runs.rglob(name) if runs else ())]
@@ -289,7 +294,12 @@ class Group:
         self.place = (self.row["task"], data[0], self.row["source"], data[1], self.quick)
         flags = [run.args | {"seed": None, "device": None, "typed": own_flags(run.row)} for run in runs]
         self.mixed, self.enough = any(one != flags[0] for one in flags), len(runs) >= MIN_SEEDS
-        self.table = self.table_row()
+        self.table, last = self.table_row(), runs[0].evaluations[-1]
+        self.parts = {
+            name: statistics.fmean(late_mean([float(line[name]) for line in run.evaluations]) for run in runs)
+            for name in last
+            if name.startswith("score_")
+        }  # of an evaluation in other looks or bodies too
         kind = "-quick" * self.quick + "-online" * bool(self.table["env_steps"])
         self.chart = "-".join(map(str, self.place[:4])) + kind  # names a chart: rows that share it have the same axes
 
@@ -300,6 +310,8 @@ class Group:
         """A score, its interval, and where the task counts them the successes."""
         success = self.table[name.replace("score", "success")]
         text = number(*(self.table[name + end] for end in ("", "_low", "_high")))
+        if name == "score_late_mean":
+            text += "".join(f", {part.removeprefix('score_')} {score:.1f}" for part, score in self.parts.items())
         return text if success is None else f"{text} (success {success:.0f} %)"
 
     def table_row(self) -> dict:
@@ -473,32 +485,6 @@ def markdown(groups: list[Group]) -> str:
     return "\n".join(lines)
 
 
-def speed(results: Path, part: str, about: str = "") -> str:
-    """One part's rows, of those that begin with `about`, of results/throughput*.json (throughput.py --json)."""
-    tables, updates = [], part in ("update", "world")
-    for file in sorted(results.glob("throughput*.json")):
-        try:
-            facts = json.loads(file.read_text())
-            rows = [] if facts["quick"] else facts["rows"]  # a rehearsal's numbers mean nothing
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{file} is not what throughput.py --json writes; measure again") from None
-        lines = []
-        for row in [row for row in rows if row["part"] == part and row["what"].startswith(about)]:
-            unit, other, rate = row["unit"].split("/")[0], "", ""
-            if row["other"]:
-                other = f"{row['other']:.4g} {unit} ({row['ratio']:.{1 if row['ratio'] < 10 else 0}f}x)"
-            if row["unit"] == "s/update":
-                rate = f"{row['value'] * 1e5 / 3600:.1f} h"
-            elif row["per_second"] and not updates:  # LOMPO's rollouts are no updates
-                rate = f"{row['per_second']:.3g}"
-            lines.append(f"| {row['what'].removesuffix(', eager')} | {row['value']:.3g} {unit} | {other} | {rate} |")
-        if lines:
-            machine = f"{facts['hardware']}, calibration {facts['calibration_s'] * 1e3:.0f} ms"
-            last = "100,000 updates" if updates else "per second"
-            tables.append("\n".join([f"| {machine} | here | other code | {last} |", "|---|---|---|---|", *lines]))
-    return "\n\n".join(tables)
-
-
 def fill_docs(results: Path, pages: list[Path]) -> dict[Path, str]:
     """The pages' new texts, see the head of this file. Raises UserError for a mark that names no column."""
     groups = groups_of(gather(results, None)[0])
@@ -514,12 +500,14 @@ def fill_docs(results: Path, pages: list[Path]) -> dict[Path, str]:
             raise UserError(f"<!-- {found[1]}{found[2]} -->: there is no {', '.join(unknown)}; see report.py's head")
         if found[1] == "speed":
             text = speed(results, **wanted)
+        elif found[1] == "varied":
+            text = varied_table(groups)
         else:
             chosen = [group for group in groups if all(fits(group, *item) for item in wanted.items())]
             text = markdown(chosen[:count]) if chosen else ""
         return f"<!-- {found[1]}{found[2]} -->\n{text or 'Nothing has been measured yet.'}\n<!-- end -->"
 
-    mark = r"<!-- (results|speed)((?: \w+=\S*)*) -->\n.*?<!-- end -->"
+    mark = r"<!-- (results|speed|varied)((?: \w+=\S*)*) -->\n.*?<!-- end -->"
     return {page: re.sub(mark, table, page.read_text("utf-8"), flags=re.S) for page in pages}
 
 
@@ -584,7 +572,10 @@ def main(args: Args) -> None:
             if text != page.read_text("utf-8"):
                 write_atomically(page, text.encode())
                 print(f"filled {page}")
-        plot_scores(groups_of(gather(results, None)[0])).savefig(results / "scores.png", dpi=110)
+        groups = groups_of(gather(results, None)[0])
+        plot_scores(groups).savefig(results / "scores.png", dpi=110)
+        if shifts := plot_shifts(groups):
+            shifts.savefig(results / "shifts.png", dpi=110)
         policies = map(common.read, sorted(results.glob("runs/*/config.json")))
         if videos := {policy["algo"]: results / policy["video"] for policy in policies}:
             write_atomically(results / "policies.gif", film(videos))

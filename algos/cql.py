@@ -47,6 +47,9 @@ class Args:
     data_dir: str | None = None  # where sets are; None: $CLEANPIXELS_DATA, else datasets/ beside common.py
     transitions: Count | None = None  # a smaller made set of so many transitions
     data_seed: Whole = 0  # seed of a made set
+    distraction: Literal["none", "low", "moderate", "high"] = "none"  # of background, camera, colours (variations.py)
+    shifted: Annotated[int, (0, 100)] = 100  # percent of the episodes that the distraction shows in
+    bodies: bool = False  # a set of four bodies; evaluated on them, and on four that were not seen
     seed: Whole = 0  # of weights, sampling and augmentation; evaluation has seeds of its own
     tag: str = ""  # tells apart runs of the same task, set and seed with other flags
     runs_dir: str | None = None  # where run folders are; None: runs/ beside common.py
@@ -255,14 +258,12 @@ class Agent(nn.Module):
         skip = int(self.args.importance_sample or self.args.cql_actions == "uniform")  # 1: without the data's action
         conservative = sum(((q - log_density)[skip:].logsumexp(0) - q[0]).mean() for q in (q1, q2))
         loss = td_loss + self.args.cql_alpha * conservative
-        metrics = {"critic/loss": loss, "critic/td_loss": td_loss, "critic/q": q1[0].mean()}
-        metrics["critic/conservative"] = conservative
-        return loss, embed.detach(), {name: value.detach() for name, value in metrics.items()}
+        metrics = {"loss": loss, "td_loss": td_loss, "conservative": conservative, "q": q1[0].mean()}
+        return loss, embed.detach(), {f"critic/{name}": value.detach() for name, value in metrics.items()}
 
     def conservative_actions(self, data: Tensor, mean: Tensor, next_mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        """data, mean = pi(z), next_mean = pi(z') (B, A) -> a_k (N, B, A), the data's first, log density (N, B, 1).
-
-        Without --importance-sample the densities are taken as 1."""
+        """data, mean = pi(z), next_mean = pi(z') (B, A) -> a_k (N, B, A), the data's first, log density (N, B, 1),
+        which is 0 without --importance-sample."""
         uniform = torch.rand(self.args.cql_samples, *data.shape, device=data.device) * 2 - 1
         means = [next_mean, mean] if self.args.cql_actions == "full" else []
         near = [self.noisy(centre.expand_as(uniform), std) for centre in means]

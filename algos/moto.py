@@ -29,7 +29,7 @@ Cost and scores: results/summary.csv (measured, one row per task, dataset, seed,
 import math
 import os
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -53,6 +53,9 @@ class Args:
     data_dir: str | None = None  # where sets are; None: $CLEANPIXELS_DATA, else datasets/ beside common.py
     transitions: Count | None = None  # a made set of so many transitions; None: of the published number
     data_seed: Whole = 0  # seed of a made set
+    distraction: Literal["none", "low", "moderate", "high"] = "none"  # of background, camera, colours (variations.py)
+    shifted: Annotated[int, (0, 100)] = 100  # percent of the episodes that the distraction shows in
+    bodies: bool = False  # a set of four bodies; evaluated on them, and on four that were not seen
     seed: Whole = 0  # of weights, sampling, imagination and online episodes; evaluation has seeds of its own
     tag: str = ""  # tells apart runs of the same task, set and seed with other flags
     runs_dir: str | None = None  # where run folders are; None: runs/ beside common.py
@@ -523,8 +526,7 @@ class Agent(nn.Module):
         assert log_prob.shape == worth[:, 1:].shape  # (B, T - 1)
         imitation = -(worth[:, 1:] * log_prob).mean()  # DIFF 5
         metrics = {"actor/loss": loss, "actor/entropy": entropy.mean(), "bc/loss": imitation}
-        metrics["bc/kept"] = worth[:, 1:].mean()
-        metrics |= {"imag/value": hat.mean(), "imag/reward": model_reward.mean()}
+        metrics |= {"bc/kept": worth[:, 1:].mean(), "imag/value": hat.mean(), "imag/reward": model_reward.mean()}
         metrics |= {"imag/penalty": penalty.mean(), "imag/penalty_std": penalty.std(correction=0)}
         rollout = [part.detach() for part in (feat, action, reward)]
         return loss + args.bc_coef * imitation, rollout, {name: value.detach() for name, value in metrics.items()}
@@ -548,16 +550,14 @@ class Agent(nn.Module):
         # data                 action[j+1], reward[j+1], discount[j+1]
         # value                V0bar of the actor's own action in feat[j+1] (DIFF 2)
         shape = batch.reward.shape  # (B, T)
-        data_feat = feat[0].unflatten(0, shape)
         next_value = v0_bar[0].unflatten(0, shape)[:, 1:]
         data_target = batch.reward[:, 1:] + args.gamma * batch.discount[:, 1:] * next_value
-        q_data = self.critic(data_feat[:, :-1], batch.action[:, 1:])
+        q_data = self.critic(feat[0].unflatten(0, shape)[:, :-1], batch.action[:, 1:])
         assert q_data.shape[1:] == data_target.shape
         data_loss = (data_target - q_data).square().mean((1, 2)).sum()
-        loss = model_loss + data_loss
-        metrics = {"loss": loss, "model_loss": model_loss, "data_loss": data_loss}
+        metrics = {"loss": model_loss + data_loss, "model_loss": model_loss, "data_loss": data_loss}
         metrics |= {"q": q.mean(), "q_data": q_data.mean()}
-        return loss, {f"critic/{name}": value.detach() for name, value in metrics.items()}
+        return metrics["loss"], {f"critic/{name}": value.detach() for name, value in metrics.items()}
 
     def update(self, batch: Sequences, worth: Tensor | None) -> Metrics:
         """One gradient step of model, actor and critics, from one batch (DIFF 3). worth (B, T) of its rows; None:
@@ -749,7 +749,9 @@ def main(args: Args) -> None:
     pool = common.evaluation_pool(args, dataset.facts(), 1)
     rows, repeat = 0, 1
     if args.online_episodes:
-        episode_pool = common.evaluation_pool(replace(args, eval_episodes=1, eval_every=1), dataset.facts(), 1)
+        episode_pool = common.EnvPool(
+            dataset.task, SIZE, 1, 1, dataset.render
+        )  # the task as it is, whatever the set's look
         repeat, length = episode_pool.spec["action_repeat"], episode_pool.spec["episode_steps"] + 1
         if length < args.window:
             raise UserError(f"--window {args.window}: online episodes have {length} rows, none would be drawn")

@@ -49,6 +49,9 @@ class Args:
     data_dir: str | None = None  # where sets are; None: $CLEANPIXELS_DATA, else datasets/ beside common.py
     transitions: Count | None = None  # a smaller made set of so many transitions
     data_seed: Whole = 0  # seed of a made set
+    distraction: Literal["none", "low", "moderate", "high"] = "none"  # of background, camera, colours (variations.py)
+    shifted: Annotated[int, (0, 100)] = 100  # percent of the episodes that the distraction shows in
+    bodies: bool = False  # a set of four bodies; evaluated on them, and on four that were not seen
     seed: Whole = 0  # of weights, sampling and imagination; evaluation has seeds of its own
     tag: str = ""  # tells apart runs of the same task, set and seed with other flags
     runs_dir: str | None = None  # where run folders are; None: runs/ beside common.py

@@ -14,6 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.transforms import ScaledTranslation
 from PIL import Image, ImageDraw
 
+from benchmarks.tables import LEVELS, PARTS, parts_of, varied
+
 # a colour belongs to an algorithm for ever
 COLORS = {"bc": "#0072b2", "drq_bc": "#d55e00", "cql": "#009e73", "offline_dv2": "#cc6699", "lompo": "#b8860b",
           "moto": "#7f3fbf"}  # fmt: skip
@@ -77,7 +79,7 @@ def plot_scores(groups: list) -> Figure:
     and of those tagged "tenth", the longest."""
     panels = defaultdict(dict)
     for group in groups:
-        if group.quick and not group.row["tag"] or group.row["tag"] == "tenth":
+        if not group.parts and (group.quick and not group.row["tag"] or group.row["tag"] == "tenth"):
             panel = panels[group.row["algo"], group.row["task"], group.place[1].split("-")[0]]
             panel[group.quick] = max(panel.get(group.quick, group), group, key=lambda group: group.steps)
     order = sorted(panels, key=lambda key: [*COLORS, key[0]].index(key[0]))  # stable: tasks and sets as they come
@@ -118,6 +120,37 @@ def plot_scores(groups: list) -> Figure:
     }
     handles = [Line2D([], [], **{"color": "black"} | style, label=label) for label, style in lines.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    return figure
+
+
+def plot_shifts(groups: list) -> Figure | None:
+    """A panel per file, task, set and level: the three scores over the percentage of shifted episodes."""
+    panels = defaultdict(dict)
+    for group in filter(varied, groups):
+        name, what, level, percent = varied(group).groups()
+        if level:
+            key = group.name, group.row["task"], name, level
+            panels[key][int(percent)] = group
+    if not panels:
+        return None
+    keys = sorted(panels, key=lambda key: (*key[:3], LEVELS.index(key[3])))
+    columns = min(3, len(keys))
+    rows = -(-len(keys) // columns)
+    figure = Figure(figsize=(3.6 * columns, 0.6 + 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, key in zip(axes, keys):
+        percents = sorted(panels[key])
+        scores = zip(*(parts_of(panels[key][percent]) for percent in percents))
+        for line, values in zip(("-", "--", ":"), scores):
+            axis.plot(percents, values, line, color="black", marker="o", markersize=3)
+        axis.set(xlim=(-3, 103), ylim=(0, None), xticks=(0, 25, 50, 75, 100), xlabel="% of the episodes shifted")
+        axis.set_title(" ".join(key), fontsize=9, fontweight="bold")
+    for axis in axes[len(keys) :]:
+        axis.axis("off")
+    handles = [
+        Line2D([], [], color="black", linestyle=line, label=part) for line, part in zip(("-", "--", ":"), PARTS[False])
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 

@@ -7,7 +7,8 @@ Works on a run of any file in algos/ that has a world model: on the weights of a
 another. Writes to RUN/inspect/ (or --out):
     reconstruction.mp4   truth, what the decoder makes of the filtered states, their difference; one window per column
     open_loop.mp4        the same where images are known for the first --context rows only, then actions alone
-    open_loop.png        eight rows of its first window, for a page
+    translation.mp4      with --distraction: episodes of the actor that look so, and what the decoder makes of them, in
+                         the looks that the model was trained on (V-D4RL's D.5)
     report.json          all numbers that are printed:
         error of images and rewards of windows, filtered and open loop; R2 of the reward
         penalty on states that a random policy visits in the environment (V-D4RL Table 14 has walker-walk's)
@@ -32,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[1:1] = [str(ROOT), str(ROOT / "algos")]
 import common  # noqa: E402
 from common import EVAL_SEED, EnvPool, Sequences, UserError  # noqa: E402
+from variations import SCALES, Look  # noqa: E402
 
 TABLE_14 = {"random": (0.223, 0.040), "mixed": (0.226, 0.035), "medium": (0.341, 0.034), "medexp": (0.338, 0.034),
             "expert": (0.262, 0.020)}  # V-D4RL, walker-walk, states of a random policy: mean, deviation  # fmt: skip
@@ -46,6 +48,7 @@ class Args:
     context: common.Count = 5  # rows whose images the open loop may see
     batch: common.Count = 64  # windows for the errors
     episodes: common.Whole = 5  # of the random policy, and of the actor; 0: no environment
+    distraction: Literal["none", *SCALES] = "none"  # a level: films the model under unseen draws of it
     horizon: common.Count = 15  # steps of the shorter comparison of imagined and real reward
     seed: common.Whole = 0  # of windows, random actions and latent draws
     device: Literal["cpu", "cuda"] = "cpu"
@@ -63,9 +66,8 @@ def load_agent(args: Args):
     flags = module.Args(**config["args"])
     flags.device, flags.precision = args.device, "fp32"
     agent = module.Agent(flags, config["dataset"]["action_dim"]).to(args.device)
-    finished = Path(args.run, "weights.pt")
-    if finished.exists():
-        agent.load_state_dict(common.read(finished))
+    if Path(args.run, "finished.json").exists():
+        agent.load_state_dict(common.read(f"{args.run}/weights.pt"))
     else:
         agent.load_state_dict(common.read(f"{args.run}/checkpoint.pt")["objects"]["agent"])
     return agent.eval(), module, flags, config
@@ -126,27 +128,18 @@ def film(truth: Tensor, model: Tensor) -> np.ndarray:
 def write_film(path: Path, frames: np.ndarray) -> None:
     import imageio.v2 as imageio
 
-    with imageio.get_writer(path, fps=10, macro_block_size=1) as video:
-        for frame in frames:
-            video.append_data(frame.repeat(2, 0).repeat(2, 1))
+    imageio.mimwrite(path, frames.repeat(2, 1).repeat(2, 2), fps=10, macro_block_size=1)
 
 
 def on_windows(args: Args, agent, batch: Sequences, out: Path) -> dict:
     """Errors on a batch of windows, and films of some of them."""
-    import imageio.v2 as imageio
-
     report, shown = {}, torch.linspace(0, len(batch.reward) - 1, args.windows).long()
-    for name, film_name in (("filtered", "reconstruction"), ("open_loop", "open_loop")):
-        if name == "filtered":
-            states, first = filtered(agent, batch), 1  # row 0 knows no past
-        else:
-            states, first = open_loop(agent, batch, args.context), args.context
+    parts = (("filtered", "reconstruction", filtered(agent, batch), 1),  # row 0 knows no past
+             ("open_loop", "open_loop", open_loop(agent, batch, args.context), args.context))  # fmt: skip
+    for name, film_name, states, first in parts:
         report[name] = errors(agent, states.feat, batch, first)
         print(f"  {name:10s} " + ", ".join(f"{key} {value:.3g}" for key, value in report[name].items()))
-        frames = film(scaled(batch.image[shown]), decode(agent, states.feat[shown]))
-        write_film(out / f"{film_name}.mp4", frames)
-    size, rows = batch.image.shape[-1], np.linspace(0, len(frames) - 1, 8).round().astype(int)  # of the second film
-    imageio.imwrite(out / "open_loop.png", np.concatenate([frames[t][:, :size] for t in rows], axis=1))
+        write_film(out / f"{film_name}.mp4", film(scaled(batch.image[shown]), decode(agent, states.feat[shown])))
     return report
 
 
@@ -158,17 +151,29 @@ def mode(agent, state) -> Tensor:
     return getattr(policy, "loc", policy)  # of a distribution, or a deterministic actor's action
 
 
-def play(agent, pool: EnvPool, policy) -> tuple[list, np.ndarray]:
-    """Filters the images of whole episodes. policy(state) -> (B, A). Returns T states (B, ...), rewards (T, B)."""
-    obs, device, states, rewards = pool.reset(EVAL_SEED + np.arange(pool.count)), agent.args.device, [], []
+def play(agent, pool: EnvPool, policy) -> tuple[list, np.ndarray, Tensor]:
+    """Filters the images of whole episodes. policy(state) -> (B, A). Returns T states (B, ...), rewards (T, B), images
+    (B, T, 3, S, S)."""
+    obs, device, states, rewards, images = pool.reset(EVAL_SEED + np.arange(pool.count)), agent.args.device, [], [], []
     action, state = torch.zeros(pool.count, agent.action_dim), None
     while not pool.done.all():
+        images.append(torch.from_numpy(obs))
         _, state = agent.act(torch.from_numpy(obs).to(device), action.to(device), state)
         action = policy(state).cpu()
         obs, reward, _ = pool.step(action.numpy())
         states.append(state)
         rewards.append(reward)
-    return states, np.stack(rewards)
+    return states, np.stack(rewards), torch.stack(images, 1)
+
+
+def translate(args: Args, agent, config: dict) -> np.ndarray:
+    """A film of the first 100 steps of --windows episodes under the --distraction, and of their latent states."""
+    looks = [(None, Look(args.distraction, "test", i)) for i in range(args.windows)]
+    facts = config["dataset"]
+    pool = EnvPool(facts["task"], facts["size"], args.windows, 1, facts["render"], groups={"score": looks})
+    states, _, images = play(agent, pool, lambda state: mode(agent, state))
+    feat = torch.stack([state.feat for state in states[:100]], 1)
+    return film(scaled(images[:, :100]), decode(agent, feat).cpu())
 
 
 def imagined_reward(agent, state, steps: int) -> Tensor:
@@ -192,7 +197,7 @@ def in_the_environment(args: Args, agent, pool: EnvPool, config: dict) -> dict:
     def uniform(state) -> Tensor:
         return 2 * torch.rand(pool.count, agent.action_dim, generator=generator) - 1
 
-    states, _ = play(agent, pool, uniform)
+    states, *_ = play(agent, pool, uniform)
     penalty = statistics(torch.stack([agent.penalty(state) for state in states]).cpu())
     report = {"penalty_random_policy": penalty}
     print(f"penalty on a random policy's states: {penalty['mean']:.3f} +- {penalty['std']:.3f}")
@@ -200,7 +205,7 @@ def in_the_environment(args: Args, agent, pool: EnvPool, config: dict) -> dict:
     if published and config["algo"] == "offline_dv2" and config["args"]["task"] == "walker-walk":
         print(f"  V-D4RL's Table 14, of a model trained in full: {published[0]} +- {published[1]}")
     torch.manual_seed(EVAL_SEED)  # the draws of --evaluate, hence its returns
-    states, rewards = play(agent, pool, lambda state: mode(agent, state))
+    states, rewards, _ = play(agent, pool, lambda state: mode(agent, state))
     steps, horizon = len(rewards), min(args.horizon, len(rewards))
     whole = imagined_reward(agent, states[0], steps).cpu()
     report["return"] = {"real": statistics(rewards.sum(0)), "imagined": statistics(whole)}
@@ -210,8 +215,7 @@ def in_the_environment(args: Args, agent, pool: EnvPool, config: dict) -> dict:
     short = {"real": statistics(real), "imagined": statistics(imagined)}
     report[f"reward_over_{horizon}_steps"] = short | {"correlation": float(np.corrcoef(real, imagined)[0, 1])}
     for name in ("return", f"reward_over_{horizon}_steps"):
-        words = [f"{kind} {report[name][kind]['mean']:.1f} +- {report[name][kind]['std']:.1f}"
-                 for kind in ("real", "imagined")]  # fmt: skip
+        words = [f"{kind} {sums['mean']:.1f} +- {sums['std']:.1f}" for kind, sums in list(report[name].items())[:2]]
         print(f"{name}: {', '.join(words)}")
     return report
 
@@ -234,16 +238,17 @@ def main(args: Args) -> None:
         raise UserError(f"--context {args.context}: must be less than the run's --window {flags.window}")
     out = Path(args.out or Path(args.run) / "inspect")
     out.mkdir(parents=True, exist_ok=True)
-    count = max(args.batch, args.windows)
-    batch = common.SequenceBuffer(dataset, count, flags.window, args.seed, args.device).sample()
+    batch = common.SequenceBuffer(dataset, max(args.batch, args.windows), flags.window, args.seed, args.device).sample()
     trained_on = dataset.hash == config["dataset"]["hash"]
     report = {"run": args.run, "windows_of": dataset.path.name, "trained_on": trained_on}
     print(f"windows of {dataset.path}" + (", which the model was trained on" if trained_on else ""))
     report["errors"] = on_windows(args, agent, batch, out)
     if args.episodes:
         flags.eval_episodes, flags.eval_every = args.episodes, None
-        pool = common.evaluation_pool(flags, config["dataset"], 1)
+        pool = common.evaluation_pool(flags, config["dataset"] | {"variation": None}, 1)
         report |= in_the_environment(args, agent, pool, config)
+    if args.distraction != "none":
+        write_film(out / "translation.mp4", translate(args, agent, config))
     (out / "report.json").write_text(json.dumps(report, indent=1))
     print(f"films and report.json in {out}")
 

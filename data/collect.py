@@ -4,10 +4,12 @@
     python data/collect.py --task cheetah-run --dataset medexp --size 64    # medium and expert, two folders
     python data/collect.py --task walker-walk --dataset mixed --stats-only  # the returns, without rendering
     python data/collect.py --task metaworld-drawer-open --dataset demos --size 64   # 10 demonstrations, for moto.py
+    python data/collect.py --task cheetah-run --dataset medexp --distraction low --shifted 50   # see variations.py
+    python data/collect.py --task walker-walk --dataset expert --bodies                         # four of its feet
 
-random: uniform actions. medium, expert: actions sampled from the actors in data/policies/<task>/. medexp: both of
-these, joined by hard links. mixed: the first transitions of the SAC replay, re-simulated from its recorded
-actions; a full physics state every 50 steps keeps the last bits of another processor from adding up. demos:
+random: uniform actions. medium, expert: actions sampled from the actors in data/policies/<task>/. medexp, ranexp:
+medium and expert, random and expert, joined by hard links. mixed: the first transitions of the SAC replay, re-simulated
+from its recorded actions; a full physics state every 50 steps keeps rounding from adding up. demos:
 successful episodes of Meta-World's scripted policies, as in MOTO (2401.03306), going on after success.
 Every episode is a function of (set, seed, episode index) alone: not of --workers, --size or an interruption."""
 
@@ -19,11 +21,10 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -31,21 +32,22 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[1:1] = [str(ROOT), str(ROOT / "data")]
 import store  # noqa: E402
+from collectors import GRID, POLICIES, SACPolicy, ScriptedPolicy, UniformPolicy, policy_file  # noqa: E402
 from published import print_statistics, standard_transitions  # noqa: E402
 
 import common  # noqa: E402
+import variations  # noqa: E402
 from common import BAR_SECONDS, Count, Dataset, EnvPool, UserError, Weight, Whole, check_ranges, cores  # noqa: E402
 
-POLICIES = Path(__file__).resolve().parent / "policies"
-PARTS = ("medium", "expert")  # of medexp
-EPISODE, STATE_EVERY, GRID = 500, 50, 32767  # as in train_sac.py
+PARTS = {"medexp": ("medium", "expert"), "ranexp": ("random", "expert")}
+EPISODE, STATE_EVERY = 500, 50  # as in train_sac.py
 DEMO_STEPS = 100  # of a Meta-World episode
 
 
 @dataclass
 class Args:
     task: str = "walker-walk"  # random: dm_control's or metaworld-*; demos: metaworld-*; else one of data/policies/
-    dataset: Literal["random", "mixed", "medium", "medexp", "expert", "demos", "partial"] = "medium"
+    dataset: Literal["random", "mixed", "medium", "medexp", "expert", "ranexp", "demos", "partial"] = "medium"
     size: Count = 84  # pixels per side: 84 for bc, drq_bc, cql; 64 for the world models
     transitions: Count | None = None  # None: the published size, 100,000 in most sets, 1,000 of demos
     seed: Whole = 0  # of initial states and sampled actions
@@ -53,6 +55,11 @@ class Args:
     render: Literal["fast", "reference"] = "fast"  # fast: 2.3x the frames per second, nearly the same pixels
     data_dir: str | None = None  # None: $CLEANPIXELS_DATA, else datasets/ beside common.py
     stats_only: bool = False  # run the physics alone and print the return statistics
+    distraction: Literal["none", "low", "moderate", "high"] = "none"  # of background, camera and colours
+    shifted: Annotated[int, (0, 100)] = 100  # percent of the episodes that it shows in, evenly spaced
+    redraw: Literal["never", "episode", "dynamic"] = "never"  # the same for all, anew for each, or moving within it
+    backgrounds: str | None = None  # a folder in the layout of DAVIS 2017; None: stills that are made here
+    bodies: bool = False  # bodies B, C, F and G in equal parts
     action_noise: Weight = 0.0  # of demos: standard deviation of Gaussian noise on the actions; a set of its own
 
 
@@ -67,72 +74,38 @@ def problem_of(args: Args) -> str:
         return f"{what}: render Minari's set, which is fetched: {shlex.join(words)}"
     if name == "partial" or args.task.startswith("adroit-"):
         return f"{what}: no such set is made; record one with data/store.py, see data/README.md"
+    varied = args.distraction != "none" or args.bodies
+    if varied and args.task not in variations.TASKS:
+        return f"{what}: distractions and bodies are of {' and '.join(variations.TASKS)} alone"
+    if args.bodies and (args.distraction != "none" or name == "mixed"):
+        return "--bodies: not together with a --distraction, and the recorded replay of mixed is of one body"
+    if not varied and (args.shifted != 100 or args.redraw != "never" or args.backgrounds):
+        return "--shifted, --redraw and --backgrounds: of a --distraction, which is none"
+    try:
+        [variations.videos(args.backgrounds, split) for split in variations.STILLS if args.backgrounds]
+    except ValueError as error:
+        return str(error)
     if name == "demos" and not args.task.startswith("metaworld-"):
         return f"{what}: there are scripted policies for metaworld-<task> alone"
     if args.action_noise and name != "demos":
         return f"--action-noise {args.action_noise}: of --dataset demos alone"
     if name == "mixed" and args.seed:
         return f"--seed {args.seed}: mixed is one recorded replay; its seed cannot be chosen"
-    parts, steps = PARTS if name == "medexp" else (name,), episode_length(args.task)
-    shipped = [part for part in parts if part not in ("random", "demos")]
-    if missing := [part for part in shipped if not policy_file(args.task, part).exists()]:
+    parts, steps = parts_of(args), episode_length(args.task)
+    shipped = [part for part in parts if part[0] not in ("random", "demos")]
+    if missing := [part for part in shipped if not policy_file(args.task, *part).exists()]:
         there = ", ".join(f"{file.parent.name} {file.stem}" for file in sorted(POLICIES.glob("*/*.npz"))) or "none"
         train = f"random needs none; to train one: python data/train_sac.py --task {args.task}, then --export"
-        return f"{what}: no {missing[0]} policy of this task is shipped (there are: {there}). {train}"
+        return f"{what}: no {' '.join(filter(None, missing[0]))} policy is shipped (there are: {there}). {train}"
     if args.transitions is not None and args.transitions < steps * len(parts):
-        return f"--transitions {args.transitions}: at least one episode of {steps}{' of each part' * (len(parts) - 1)}"
+        return f"--transitions {args.transitions}: at least one episode of {steps} of each of its {len(parts)} parts"
     return ""
 
 
-class UniformPolicy:
-    """Actions uniform in [-1, 1]."""
-
-    def __init__(self, action_dim: int):
-        self.action_dim = action_dim
-
-    def act(self, state: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        return rng.uniform(-1, 1, self.action_dim).astype(np.float32)
-
-
-class SACPolicy:
-    """The stochastic actor of train_sac.py in NumPy, one state at a time: the same bits in any batch."""
-
-    def __init__(self, path: Path):
-        with np.load(path) as arrays:
-            self.scale = arrays["scale"]
-            self.layers = [(arrays[f"W{i}"], arrays[f"b{i}"]) for i in range(3)]
-
-    def act(self, state: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
-        """state (D,) -> sampled action (A,) float32 on the 16-bit grid; the mean action where rng is None."""
-        x = state / self.scale
-        for i, (weight, bias) in enumerate(self.layers):
-            x = x @ weight + bias
-            x = np.maximum(x, 0) if i < 2 else x
-        mean, log_std = np.split(x, 2)
-        std = np.exp(-5 + 3.5 * (1 + np.tanh(log_std)))
-        noise = rng.standard_normal(len(mean), np.float32) if rng else 0
-        action = np.tanh(mean + std * noise)
-        return np.rint(action * GRID).astype(np.float32) / np.float32(GRID)
-
-
-class ScriptedPolicy:
-    """Meta-World's own policy for a task, with Gaussian noise of deviation `noise` on its actions."""
-
-    def __init__(self, task: str, noise: float):
-        from metaworld.policies import ENV_POLICY_MAP
-
-        warnings.filterwarnings("ignore", module="metaworld.policies")  # that it clips actions, as we do
-        self.policy, self.noise = ENV_POLICY_MAP[f"{task.removeprefix('metaworld-')}-v3"](), noise
-
-    def act(self, state: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        action = self.policy.get_action(state.astype(np.float64))
-        if self.noise:
-            action = action + self.noise * rng.standard_normal(len(action))
-        return np.clip(action, -1, 1).astype(np.float32)
-
-
-def policy_file(task: str, name: str) -> Path:
-    return POLICIES / task / f"{name}.npz"
+def parts_of(args: Args) -> list[tuple[str, str | None]]:
+    """The sets that a set is joined of: name and body."""
+    names, bodies = PARTS.get(args.dataset, [args.dataset]), variations.TRAIN_BODIES if args.bodies else [None]
+    return [(name, body) for name in names for body in bodies]
 
 
 def rng_of(name: str, seed: int, episode: int) -> np.random.Generator:
@@ -192,14 +165,14 @@ def set_state(env, state: np.ndarray) -> None:
     mujoco.mj_step1(model, env.simulator.data)  # what dm_control computes after a step
 
 
-def source_of(args: Args, name: str, total: int, action_dim: int) -> Sampled | Recorded:
+def source_of(args: Args, name: str, body: str | None, total: int, action_dim: int) -> Sampled | Recorded:
     if name == "mixed":
         return Recorded(args.task, total)
     if name == "demos":
         policy = ScriptedPolicy(args.task, args.action_noise)
         return Sampled(policy, name, args.seed, successful_episodes(args, policy, total))
-    policy = UniformPolicy(action_dim) if name == "random" else SACPolicy(policy_file(args.task, name))
-    return Sampled(policy, name, args.seed, range(total))
+    policy = UniformPolicy(action_dim) if name == "random" else SACPolicy(policy_file(args.task, name, body))
+    return Sampled(policy, name + (body or ""), args.seed, range(total))
 
 
 def successful_episodes(args: Args, policy: ScriptedPolicy, total: int) -> list[int]:
@@ -221,12 +194,12 @@ def successful_episodes(args: Args, policy: ScriptedPolicy, total: int) -> list[
     return chosen
 
 
-def collect(args: Args, name: str, transitions: int, folder: Path) -> np.ndarray:
+def collect(args: Args, name: str, transitions: int, folder: Path, body: str | None = None) -> np.ndarray:
     """Makes one set, or under --stats-only its returns alone. Returns the episode returns (E,)."""
     steps = episode_length(args.task)
     total = -(-transitions // steps)
     if args.stats_only:
-        return rollouts(args, name, total, None)
+        return rollouts(args, name, total, None, body)
     if not (folder / "meta.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         needed = total * (steps + 1) * 3 * args.size**2 - sum(f.stat().st_size for f in folder.glob("*.npy"))
@@ -234,9 +207,9 @@ def collect(args: Args, name: str, transitions: int, folder: Path) -> np.ndarray
         print(f"{folder}: {total} episodes, {sizes}; {args.workers or cores()} workers")
         if needed > shutil.disk_usage(folder.parent).free:
             raise UserError(f"{folder} needs {sizes}; give another --data-dir or fewer --transitions")
-        rollouts(args, name, total, folder)
+        rollouts(args, name, total, folder, body)
     meta = Dataset(folder).meta
-    if meta["render"] != args.render or meta.get("recipe") != recipe_of(args, name, total):
+    if meta["render"] != args.render or meta.get("recipe") != recipe_of(args, name, total, body):
         raise UserError(f"{folder} was made with another --render or another policy; delete it to make it again")
     return np.array(meta["episode_returns"])
 
@@ -245,9 +218,17 @@ def episode_length(task: str) -> int:
     return DEMO_STEPS if task.startswith("metaworld-") else EPISODE
 
 
-def recipe_of(args: Args, name: str, episodes: int) -> dict:
+def variation_of(args: Args, body: str | None = None) -> dict | None:
+    """What meta.json says of it, see variations.evaluation_groups; None: the task as it is."""
+    if args.bodies:
+        return {"body": body} if body else {"bodies": variations.TRAIN_BODIES}
+    names = ("distraction", "shifted", "redraw", "backgrounds")
+    return {name: getattr(args, name) for name in names} if args.distraction != "none" else None
+
+
+def recipe_of(args: Args, name: str, episodes: int, body: str | None) -> dict:
     shipped = name not in ("random", "demos")
-    policy = zlib.crc32(policy_file(args.task, name).read_bytes()) if shipped else None
+    policy = zlib.crc32(policy_file(args.task, name, body).read_bytes()) if shipped else None
     recipe = {"seed": args.seed, "episodes": episodes, "action_repeat": 2, "policy": policy}
     if args.task.startswith("metaworld-"):
         from manipulation import METAWORLD_CAMERA
@@ -258,16 +239,17 @@ def recipe_of(args: Args, name: str, episodes: int) -> dict:
     return recipe
 
 
-def rollouts(args: Args, name: str, total: int, folder: Path | None) -> np.ndarray:
+def rollouts(args: Args, name: str, total: int, folder: Path | None, body: str | None) -> np.ndarray:
     """All episodes of a set, one per environment at a time; written in order where `folder` is given."""
     count = min(total, args.workers or cores())
-    pool = EnvPool(args.task, args.size if folder else None, count, frame_stack=1, render=args.render)
-    source = source_of(args, name, total, action_dim := pool.spec["action_dim"])
+    size, groups = args.size if folder else None, {"score": [(body, None)] * count}
+    pool = EnvPool(args.task, size, count, frame_stack=1, render=args.render, groups=groups)
+    source = source_of(args, name, body, total, action_dim := pool.spec["action_dim"])
     if folder is None:
         returns = np.array([rewards.sum() for _, _, rewards in episodes_of(source, pool, range(total), args)])
     else:
-        mujoco = importlib.metadata.version("mujoco")
-        facts = {"render": args.render, "mujoco": mujoco, "recipe": recipe_of(args, name, total)}
+        facts = {"recipe": recipe_of(args, name, total, body), "variation": variation_of(args, body)}
+        facts |= {"render": args.render, "mujoco": importlib.metadata.version("mujoco")}
         with store.DatasetWriter(folder, args.size, action_dim, args.task, "made", **facts) as writer:
             if writer.episodes:
                 print(f"continuing after {writer.episodes} episodes")
@@ -285,12 +267,14 @@ def rollouts(args: Args, name: str, total: int, folder: Path | None) -> np.ndarr
 
 def episodes_of(source, pool: EnvPool, episodes: range, args: Args):
     """Yields frames (T+1, S, S, 3), actions (T, A), rewards (T,) of each episode, in order."""
-    steps, begun = episode_length(args.task), time.monotonic()
+    steps, begun, variation = episode_length(args.task), time.monotonic(), variation_of(args)
     with tqdm(total=len(episodes) * steps, unit="step", mininterval=BAR_SECONDS) as bar:
         for first in range(episodes.start, episodes.stop, pool.count):
             batch = list(range(first, min(first + pool.count, episodes.stop)))
             real = len(batch)
             batch += [batch[-1]] * (pool.count - real)  # the last round repeats an episode and drops it
+            if args.distraction != "none":
+                pool.looks = [variations.look_of(variation, episode) for episode in batch]
             source.start(pool, batch)
             frames, actions, rewards = [pool.obs], [], []
             for t in range(steps):
@@ -310,7 +294,7 @@ def episodes_of(source, pool: EnvPool, episodes: range, args: Args):
                 bar.write(f"as fast as the first {real}: about {minutes:.1f} min for the other {left} episodes")
 
 
-def join(path: Path, sets: list[Dataset]) -> None:
+def join(path: Path, sets: list[Dataset], variation: dict | None = None) -> None:
     """Writes the set of all episodes of `sets`. Their frames are linked, which takes no space, or else copied."""
     path.mkdir(parents=True, exist_ok=True)
     with store.take_lock(path / ".lock", wait=True), store.plain_errors(path):
@@ -324,35 +308,38 @@ def join(path: Path, sets: list[Dataset]) -> None:
                 os.link(*frames)
             except OSError:  # another disk, or one that knows no links
                 shutil.copyfile(*frames)
-        names = {"action": "action", "reward": "reward", "discount": "discount", "episode": "first_rows"}
-        rows = {name: [getattr(part, attribute) for part in sets] for name, attribute in names.items()}
-        rows["episode"][1] = rows["episode"][1] + len(rows["reward"][0])
+        starts = np.cumsum([0, *(len(part.reward) for part in sets)])
+        rows = {name: [getattr(part, name) for part in sets] for name in ("action", "reward", "discount")}
+        rows["episode"] = [part.first_rows + start for part, start in zip(sets, starts)]
         for name, parts in rows.items():
             np.save(path / f"{name}.npy", np.concatenate(parts))
-        recipe = {part.meta["name"]: part.meta["recipe"] for part in sets}
-        store.write_meta(path, sets[0].meta | {"name": path.name, "recipe": recipe})
+        meta = sets[0].meta | {"name": path.name, "recipe": {part.meta["name"]: part.meta["recipe"] for part in sets}}
+        store.write_meta(path, meta | ({"variation": variation} if variation else {}))
+
+
+def folder_of(args: Args, name: str, transitions: int | None, body: str | None = None) -> Path:
+    """Where the set is, or that part of it."""
+    name += f"-noise{args.action_noise:g}" if args.action_noise else ""
+    flags = {"distraction": args.distraction, "shifted": args.shifted, "bodies": args.bodies and not body}
+    path = store.set_folder(args.data_dir, "made", args.task, name, args.size, transitions, args.seed, **flags)
+    more = ([args.redraw] if args.redraw != "never" else []) + ([f"body{body}"] if body else [])
+    return path.with_name("-".join([path.name, *more, *(Path(folder).name for folder in [args.backgrounds] if folder)]))
 
 
 def main(args: Args) -> None:
-    noise = f"-noise{args.action_noise:g}" if args.action_noise else ""
     check_ranges(args)
     if problem := problem_of(args):
         raise UserError(problem)
-
-    def folder(name: str, transitions: int | None) -> Path:
-        return store.set_folder(args.data_dir, "made", args.task, name + noise, args.size, transitions, args.seed)
-
-    def make(name: str, transitions: int | None) -> np.ndarray:
-        total = transitions or standard_transitions(args.task, name)
-        return collect(args, name, total, folder(name, transitions))
-
-    if args.dataset == "medexp":
-        each = None if args.transitions is None else -(-args.transitions // 2)
-        returns = np.concatenate([make(name, each) for name in PARTS])
-        if not args.stats_only:
-            join(folder("medexp", args.transitions), [Dataset(folder(name, each)) for name in PARTS])
-    else:
-        returns = make(args.dataset, args.transitions)
+    parts, returns, folders = parts_of(args), [], []
+    each = args.transitions and -(-args.transitions // len(parts))
+    shown = replace(args, distraction="none") if args.shifted == 0 else args  # plain frames are those of the plain set
+    for name, body in parts:
+        standard = standard_transitions(args.task, name) // (len(variations.TRAIN_BODIES) if body else 1)
+        folders.append(folder_of(shown, name, each or (standard if body else None), body))
+        returns.append(collect(shown, name, each or standard, folders[-1], body))
+    whole, returns = folder_of(args, args.dataset, args.transitions), np.concatenate(returns)
+    if whole not in folders and not args.stats_only:
+        join(whole, [Dataset(folder) for folder in folders], variation_of(args))
     print_statistics(args.task, args.dataset, store.return_statistics(returns), "made", len(returns))
 
 

@@ -30,7 +30,7 @@ MOTO_TABLE_1 = {
 def standard_transitions(task: str, name: str) -> int:
     """The size of the published set (Table 5; demos: MOTO's, arXiv:2401.03306 Appendix C.2)."""
     mixed = {"cheetah-run": 200_000, "humanoid-walk": 600_000}.get(task, 100_000)
-    return {"mixed": mixed, "medexp": 200_000, "demos": 1_000}.get(name, 100_000)
+    return {"mixed": mixed, "medexp": 200_000, "ranexp": 200_000, "demos": 1_000}.get(name, 100_000)
 
 
 def print_statistics(task: str, name: str, ours: dict[str, float], label: str, episodes: int) -> None:

@@ -19,11 +19,12 @@ from common import ARRAYS, UserError, provenance, standard_set, write_atomically
 HEADER = 128  # bytes before the rows of a .npy file
 
 
-def set_folder(data_dir, source: str, task: str, name: str, size: int, transitions=None, seed: int = 0) -> Path:
+def set_folder(data_dir, source: str, task: str, name: str, size: int, transitions=None, seed: int = 0, **variation):
     """Where training looks for a standard set. data_dir None: $CLEANPIXELS_DATA, else datasets/ beside common.py."""
     data_dir = Path(data_dir or os.environ.get("CLEANPIXELS_DATA") or ROOT / "datasets").expanduser()
-    return standard_set(Namespace(data_dir=data_dir, source=source, task=task, dataset=name, transitions=transitions,
-                                  data_seed=seed), size)[0]  # fmt: skip
+    flags = {"task": task, "dataset": name, "source": source, "transitions": transitions, "data_seed": seed}
+    flags |= {"data_dir": data_dir, "distraction": "none", "shifted": 100, "bodies": False} | variation
+    return standard_set(Namespace(**flags), size)[0]
 
 
 def take_lock(path: Path, wait: bool) -> filelock.FileLock:
@@ -100,11 +101,12 @@ class DatasetWriter:
     a bad episode (nothing of it is written) and for a full disk. Waits for another process that writes the same set."""
 
     def __init__(self, path, size: int, action_dim: int, task: str = "own", source: str = "own", render: str = "fast",
-                 mujoco: str | None = None, recipe: dict | None = None):  # fmt: skip
+                 mujoco: str | None = None, recipe: dict | None = None, variation: dict | None = None):  # fmt: skip
         self.path, self.progress, self.files = Path(path), Path(path, "progress.json"), {}
         self.boundaries = [0]  # the row behind each whole episode
         meta = {"task": task, "source": source, "name": self.path.name, "size": size, "action_dim": action_dim,
                 "render": render, "mujoco": mujoco, "recipe": recipe or {}}  # fmt: skip
+        meta |= {"variation": variation} if variation else {}  # of the looks or the body, see variations.py
         self.meta = json.loads(json.dumps(meta, default=lambda number: number.item()))  # of NumPy
         wrong = [name for name, kind in common.META.items() if not isinstance(self.meta[name], kind)]
         if wrong or min(size, action_dim) < 1 or render not in common.RENDER_QUALITY:  # Dataset would refuse it

@@ -1,4 +1,4 @@
-"""Collector policies: soft actor-critic (arXiv:1812.05905) on proprioceptive states, frame skip 2, one core.
+"""Collectors: soft actor-critic (arXiv:1812.05905) on proprioceptive states, frame skip 2, one core.
 
     python data/train_sac.py --task cheetah-run --envs 10 --tau 0.01             # train; the same line continues
     python data/train_sac.py --task cheetah-run --export medium expert mixed     # write data/policies/cheetah-run/
@@ -31,12 +31,14 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[1:1] = [str(ROOT), str(ROOT / "data")]
-from collect import EPISODE, GRID, POLICIES, STATE_EVERY, SACPolicy, get_state, policy_file  # noqa: E402
+from collect import EPISODE, STATE_EVERY, get_state  # noqa: E402
+from collectors import GRID, POLICIES, SACPolicy, policy_file  # noqa: E402
 from published import TABLE_5, standard_transitions  # noqa: E402
 from store import return_statistics, take_lock  # noqa: E402
 
 import common  # noqa: E402
 from common import Count, EnvPool, Share, UserError, Weight, Whole, make_env  # noqa: E402
+from variations import TASKS, TRAIN_BODIES  # noqa: E402
 
 HIDDEN, BATCH, GAMMA = 256, 256, 0.99
 STANDING = 1.3  # m: the root of a humanoid on its feet
@@ -46,6 +48,7 @@ FALLEN, RISEN = 1.0, 1.3  # m: its head when it falls, and when it is up again
 @dataclass
 class Args:
     task: str = "walker-walk"  # dm_control domain-task
+    body: Literal[*TRAIN_BODIES] | None = None  # of walker-walk and cheetah-run; None: dm_control's
     steps: Count = 60_000  # gradient updates; the first 500 turns only collect
     envs: Count = 8  # environments, one control step each per update; another number may continue a run
     lr: Weight = 1e-3  # Adam, of actor, critics and temperature
@@ -57,15 +60,14 @@ class Args:
     newest: Annotated[int, (BATCH, 2**31)] | None = None  # transitions to learn from, the last collected; None: all
     seed: Whole = 0  # of weights, actions and initial states
     actor_every: Count = 250  # updates between saved actors
-    runs_dir: Path = ROOT / "runs" / "sac"  # run folders: <runs_dir>/<task>
-    export: tuple[Literal["medium", "expert", "mixed"], ...] = ()  # write these to data/policies/<task>/ and stop
+    runs_dir: Path = ROOT / "runs" / "sac"  # run folders: <runs_dir>/<task>[/<body>]
+    export: tuple[Literal["medium", "expert", "mixed"], ...] = ()  # write these to data/policies/<task>[/<body>]; stop
     candidates: Count = 8  # --export: actors to try, those whose round scored nearest while it learned
 
 
 def mlp(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(inputs, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, outputs)
-    )
+    layers = nn.Linear(inputs, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, outputs)
+    return nn.Sequential(*layers)
 
 
 class SAC(nn.Module):
@@ -165,18 +167,17 @@ def stand(env, rng: np.random.Generator) -> np.ndarray:
 
 
 def train(args: Args) -> None:
-    if args.task.startswith(common.MANIPULATION):
-        raise UserError(f"--task {args.task}: only tasks of dm_control are trained here, such as walker-walk")
-    out = args.runs_dir / args.task
+    if args.task.startswith(common.MANIPULATION) or args.body and args.task not in TASKS:
+        raise UserError(f"--task {args.task}: tasks of dm_control are trained here; --body: {' and '.join(TASKS)}")
+    out = args.runs_dir / args.task / (args.body or "")
     (out / "actors").mkdir(parents=True, exist_ok=True)
     lock = take_lock(out / ".lock", wait=False)  # noqa: F841  held until the process ends
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    envs = [make_env(args.task, size=None) for _ in range(args.envs)]
+    envs = [make_env(args.task, size=None, body=args.body) for _ in range(args.envs)]
     physics = [env.simulator.env.physics for env in envs]
-    _, info = envs[0].reset(0)
-    D, A, S = len(info["state"]), envs[0].spec["action_dim"], len(get_state(envs[0]))
+    D, A, S = len(envs[0].reset(0)[1]["state"]), envs[0].spec["action_dim"], len(get_state(envs[0]))
     helped = args.upright + args.guided  # environments whose episodes are not the agent's own from the task's starts
     if helped and (helped >= args.envs or not hasattr(physics[0], "head_height")):
         raise UserError("--upright and --guided are for humanoids, and together for fewer than --envs")
@@ -268,9 +269,10 @@ def train(args: Args) -> None:
         tqdm.write(f"{step:7d} updates  {episodes:6d} episodes  sampled return {np.nanmean(returns):6.1f}", sys.stderr)
 
 
-def returns_of(task: str, actor: Path, sampled: bool, episodes: int = 50) -> np.ndarray:
+def returns_of(args: Args, actor: Path, sampled: bool, episodes: int = 50) -> np.ndarray:
     """Returns (episodes,) of the stochastic actor, or of its mean action."""
-    policy, pool = SACPolicy(actor), EnvPool(task, None, episodes)
+    groups = {"score": [(args.body, None)] * episodes}
+    policy, pool = SACPolicy(actor), EnvPool(args.task, None, episodes, groups=groups)
     rngs = [np.random.default_rng([7, i]) if sampled else None for i in range(episodes)]
     pool.reset(range(episodes))
     returns = np.zeros(episodes)
@@ -291,15 +293,14 @@ def export_actor(args: Args, name: str, record: dict, out: Path, target: Path) -
     updates, returns = (record[name][~np.isnan(record["ret"])] for name in ("updates", "ret"))
     ends, first = np.unique(updates, return_index=True)  # of the rounds
     scored = np.add.reduceat(returns, first) / np.diff([*first, len(returns)])
-    steps = np.array(sorted(int(path.stem) for path in (out / "actors").glob("*.npz")))
-    steps = steps[steps <= ends[-1]]
+    steps = np.array(sorted(n for n in (int(path.stem) for path in (out / "actors").glob("*.npz")) if n <= ends[-1]))
     if not len(steps):
         raise UserError(f"--export {name}: {out} holds no actor yet; leave --export out to continue, with more --steps")
     learned = scored[np.searchsorted(ends, steps)]  # what its round scored while it learned
     tried = []
     for step in sorted(steps[np.argsort(np.abs(learned - wanted), kind="stable")[: args.candidates]]):
         actor = out / "actors" / f"{step:07d}.npz"
-        sampled, mean_action = (returns_of(args.task, actor, kind) for kind in (True, False))
+        sampled, mean_action = (returns_of(args, actor, kind) for kind in (True, False))
         distance = abs(sampled.mean() - wanted) + abs(sampled.std() - spread) + abs(mean_action.mean() - wanted)
         tried.append((bool(abs(sampled.mean() / wanted - 1) > 0.05), distance, step))
         print(f"{name}: {step} updates, 50 episodes: {sampled.mean():.1f} +- {sampled.std():.1f}, "
@@ -323,7 +324,7 @@ def main(args: Args) -> None:
     common.check_ranges(args)
     if not args.export:
         return train(args)
-    out, target = args.runs_dir / args.task, POLICIES / args.task
+    out, target = (folder / args.task / (args.body or "") for folder in (args.runs_dir, POLICIES))
     if not (out / "sac.pt").exists():
         raise UserError(f"--export: {out} holds no training run; leave --export out to start one")
     episodes = common.read(out / "sac.pt")["episodes"]  # behind them: what a kill left

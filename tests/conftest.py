@@ -95,7 +95,7 @@ class FourSteps(common.Env):
     def __init__(self, size: int, frame_stack: int):
         self.simulator, self.renderer, self.size, self.frame_stack = self, True, size, frame_stack
 
-    def reset(self, seed: int):
+    def reset(self, seed: int, look=None):
         self.history = [np.random.default_rng(seed).uniform(-1, 1, 2)]
         self.frames = [self.frame()] * self.frame_stack
         return np.concatenate(self.frames), {"state": self.state()}
@@ -118,8 +118,13 @@ class FourSteps(common.Env):
 class FourStepsPool(common.EnvPool):
     """common.EnvPool over FourSteps, without processes."""
 
-    def __init__(self, task, size, count, frame_stack=3, render="fast", workers=None):
-        self.count, self.spec = count, FourSteps.spec
+    def __init__(self, task, size, count, frame_stack=3, render="fast", workers=None, groups=None):
+        self.groups, self.looks, self.count, self.spec = (
+            {"score": [None] * count},
+            [None] * count,
+            count,
+            FourSteps.spec,
+        )
         self.envs = [FourSteps(size, frame_stack) for _ in range(count)]
 
     def call(self, function, arguments: list) -> list:
@@ -140,7 +145,8 @@ def excepthook(monkeypatch):
 def tiny_set(tmp_path_factory) -> Path:
     """walker-walk random, 84 px, two episodes, made on the spot as for training. Its data dir: tiny_set.parents[2]."""
     words = {"task": "walker-walk", "dataset": "random", "source": "made", "transitions": 1000, "data_seed": 0}
-    return common.open_dataset(Namespace(**words, data_dir=str(tmp_path_factory.mktemp("datasets"))), 84).path
+    words |= {"distraction": "none", "bodies": False, "data_dir": str(tmp_path_factory.mktemp("datasets"))}
+    return common.open_dataset(Namespace(**words), 84).path
 
 
 def synthetic_episode(first_row: int, length: int, size: int, action_dim: int, rng: np.random.Generator) -> tuple:

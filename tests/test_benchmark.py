@@ -134,7 +134,7 @@ MISTAKES = {
     "--gpus 9": "--gpus 9: a number of GPUs, or ids: 0,2. There are: none",
     "--gpus x": "--gpus x: a number of GPUs",
     "--gpus 1 --slurm": "--gpus: under --slurm each run has its own",
-    "--datasets exprt": "--datasets exprt: neither one of random, mixed, medium, medexp, expert, demos, partial",
+    "--datasets exprt": "--datasets exprt: neither one of random, mixed, medium, medexp, expert, ranexp, demos",
     "--tasks walker_walk": "--task walker_walk: no such task (meant walker-walk?)",
     "--tasks juggling": "no such task. There are: acrobot-swingup, ",
 }

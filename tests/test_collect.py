@@ -6,13 +6,15 @@ import types
 from pathlib import Path
 
 import collect
+import collectors
 import numpy as np
 import pytest
 import torch
 import train_sac
 import tyro
 import vd4rl
-from collect import POLICIES, Args, SACPolicy
+from collect import Args
+from collectors import POLICIES, SACPolicy
 from conftest import run_python
 from published import TABLE_5, standard_transitions
 from test_data import digests, load
@@ -106,7 +108,7 @@ def policies(tmp_path, monkeypatch) -> Path:
     for seed, name in enumerate(("medium", "expert")):
         torch.manual_seed(seed)
         train_sac.SAC(24, 6, lr=1e-3, tau=0.005).save_actor(folder / "walker-walk" / f"{name}.npz")
-    monkeypatch.setattr(collect, "POLICIES", folder)
+    monkeypatch.setattr(collectors, "POLICIES", folder)
     return folder
 
 
@@ -204,13 +206,13 @@ def test_mixed_restores_the_recorded_physics(short, recorded, policies, tmp_path
 # ---- errors ----
 
 IMPOSSIBLE = {  # flags -> what the one line says
-    ("--task", "hopper-hop", "--dataset", "medium"): "no medium policy of this task is shipped .*train_sac.py",
-    ("--task", "hopper-hop", "--dataset", "medexp"): "no medium policy of .*walker-walk medium",
-    ("--task", "hopper-hop", "--dataset", "mixed"): "no mixed policy of this task is shipped",
+    ("--task", "hopper-hop", "--dataset", "medium"): "no medium policy is shipped .*train_sac.py",
+    ("--task", "hopper-hop", "--dataset", "medexp"): "no medium policy .*walker-walk medium",
+    ("--task", "hopper-hop", "--dataset", "mixed"): "no mixed policy is shipped",
     ("--dataset", "mixed", "--seed", "1"): "--seed 1: mixed is one recorded replay",
     ("--dataset", "mixed", "--transitions", "180"): "--transitions: the recorded replay holds 160",
     ("--dataset", "random", "--transitions", "19"): "--transitions 19: at least one episode of 20",
-    ("--dataset", "medexp", "--transitions", "39"): "--transitions 39: at least one episode of 20 of each part",
+    ("--dataset", "medexp", "--transitions", "39"): "at least one episode of 20 of each of its 2 parts",
     ("--task", "kitchen-mixed", "--dataset", "mixed", "--size", "64"):
         "python data/minari_kitchen.py --dataset mixed --size 64 --data-dir",
     ("--task", "kitchen-mixed", "--dataset", "partial"): "kitchen-mixed mixed and kitchen-partial partial",
@@ -223,6 +225,13 @@ IMPOSSIBLE = {  # flags -> what the one line says
     ("--dataset", "random", "--seed", "-1"): "--seed -1: from 0 to",
     ("--dataset", "random", "--workers", "-2"): "--workers -2: from 1 to",
     ("--dataset", "random", "--size", "0"): "--size 0: from 1 to",
+    ("--shifted", "130", "--distraction", "low"): "--shifted 130: from 0 to 100",
+    ("--shifted", "50"): "--shifted, --redraw and --backgrounds: of a --distraction, which is none",
+    ("--bodies", "--distraction", "low"): "--bodies: not together with a --distraction",
+    ("--bodies", "--dataset", "mixed"): "the recorded replay of mixed is of one body",
+    ("--bodies", "--dataset", "expert", "--task", "humanoid-walk"): "are of walker-walk and cheetah-run alone",
+    ("--distraction", "low", "--task", "humanoid-walk"): "distractions and bodies are of walker-walk and cheetah-run",
+    ("--distraction", "low", "--backgrounds", "/"): "--backgrounds /: 0 of 60 folders for training with a .jpg",
     ("--dataset", "random", "--task", "walker-fly"): "--task walker-fly: no such task. There are: acrobot",
     ("--dataset", "random", "--task", "lqr-lqr_2_1", "--size", "9999999"): "needs .* GB, the disk has .* GB free",
 }  # fmt: skip
@@ -284,7 +293,7 @@ def test_sac_killed_between_two_checkpoints_ends_as_if_never_killed(short, tmp_p
     ({"upright": 1, "guided": 1, "task": "humanoid-walk"}, "--upright and --guided are for humanoids, and"),
     ({"upright": -1}, "--upright -1: from 0"), ({"newest": 100}, "--newest 100: from 256"), ({"envs": 0}, "--envs 0"),
     ({"export": ("medium",)}, "--export: .*walker-walk holds no training run"),
-    ({"task": "metaworld-drawer-open"}, "--task metaworld-drawer-open: only tasks of dm_control are trained here"),
+    ({"task": "metaworld-drawer-open"}, "--task metaworld-drawer-open: tasks of dm_control are trained here"),
 ])  # fmt: skip
 def test_mistakes_with_sac_are_one_line(tmp_path, flags, message):
     with pytest.raises(UserError, match=message) as error:

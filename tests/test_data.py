@@ -387,5 +387,6 @@ def test_a_set_that_is_made_on_the_spot_and_one_that_is_not_there(tiny_set):
     assert (rows["discount"] == 1).all() and rows["image"].std() > 20
     np.testing.assert_allclose(np.delete(rows["action"], [0, 501], 0).std(0), 3**-0.5, atol=0.03)  # uniform
     words = {"task": "walker-walk", "dataset": "medium", "source": "vd4rl", "transitions": None, "data_seed": 0}
+    words |= {"distraction": "none", "bodies": False, "data_dir": str(tiny_set.parents[2])}
     with pytest.raises(UserError, match=f"medium-84px does not exist .there are: {tiny_set}.*data/vd4rl.py import"):
-        open_dataset(argparse.Namespace(**words, data_dir=str(tiny_set.parents[2])), 84)
+        open_dataset(argparse.Namespace(**words), 84)

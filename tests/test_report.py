@@ -11,6 +11,7 @@ from conftest import ROOT
 
 import report
 from benchmarks import figures
+from benchmarks.tables import varied_table
 from common import UserError
 
 
@@ -284,3 +285,22 @@ def test_the_figure_of_curves(world):
     means = {line.get_label(): list(line.get_ydata()) for line in axis.lines if line.get_linewidth() >= 2}
     assert means["the data's mean"] == [44.12, 44.12] and means["drq_bc, 300 updates (3)"] == [5, 20, 22]
     assert len(means) == 4 and means["lompo, 400 updates (3)"] == [5, 1, 88, 90]
+
+
+def test_rows_on_other_looks_and_bodies_stand_beside_the_papers(tmp_path):
+    sets = {"medexp-84px-low50": ("train", "test"), "medexp-84px-bodies": ("interpolation", "extrapolation")}
+    for dataset, names in sets.items():
+        for seed in range(2):
+            parts = {f"score_{name}": [0, 0, 7.0 + seed, 9.0 + seed] for name in names}
+            run = tmp_path / "runs" / dataset / f"seed{seed}"
+            write_run(run, dataset=dataset, task="cheetah-run", seed=seed, columns=parts)
+    groups = groups_of(tmp_path)
+    assert varied_table(groups).splitlines()[2:] == [
+        "| drq_bc | cheetah-run medexp | bodies | train 25.0, interpolation 8.5, extrapolation 8.5 | 44.1 "
+        "| 71.6 / 65.1 / 43.2 | 2 |",
+        "| drq_bc | cheetah-run medexp | low, 50 % shifted | original 25.0, train 8.5, test 8.5 | 44.1 "
+        "| 72.3 / 82.2 / 8.5 | 2 |",
+    ]
+    (axis,) = figures.plot_shifts(groups).axes
+    assert [list(line.get_ydata()) for line in axis.lines] == [[25.0], [8.5], [8.5]]
+    assert not figures.plot_scores(groups).axes[0].lines  # no panel on the first screen

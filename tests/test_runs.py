@@ -469,7 +469,7 @@ MISTAKES = [
     ("bc", "--steps 0", "no updates are asked for"),
     ("bc", "--tag ../../x", "--tag ../../x: letters, digits, - and _"),
     ("bc", "--tag .x", "--tag .x: letters"),
-    ("bc", "--transitions 50", "--transitions 50 --data-seed 0: only standard sets"),
+    ("bc", "--transitions 50", "--transitions, --data-seed, --distraction, --shifted, --bodies: only standard sets"),
     ("bc", "--dataset .", ". is no whole set"),
     ("bc", "--evaluate=", "--evaluate: no folder is named"),
     ("bc", "--buffer-device cuda", "there is no CUDA device here"),
