@@ -127,8 +127,6 @@ MISTAKES = {
     "--seeds 0": "--seeds 0 --jobs None: at least 1",
     "--seeds 3-5": "--seeds 3-5",
     "--seeds 3,11,3": "which seeds, each once: 3,4 or 3,",
-    "--seeds 99999": "--seeds 99999",
-    "--jobs 0": "--jobs 0",
     "-- --overwrite": "--overwrite behind --",
     "-- --seed=3": "--seed=3 behind --",
     "--gpus 9": "--gpus 9: a number of GPUs, or ids: 0,2. There are: none",
