@@ -676,6 +676,7 @@ def evaluation_pool(args, facts: dict, frame_stack: int = 3) -> EnvPool | None:
         from variations import evaluation_groups
 
         groups = evaluation_groups(facts["variation"], args.eval_episodes)
+        print(f"evaluation: {', '.join(groups)}; the data: {facts['variation']}")
     pool = EnvPool(facts["task"], facts["size"], args.eval_episodes, frame_stack, facts["render"], groups=groups)
     if pool.spec["action_dim"] != facts["action_dim"]:
         raise UserError(f"{wanted}, not {pool.spec['action_dim']}; train with --eval-every 0")

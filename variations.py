@@ -25,6 +25,7 @@ TASKS = ("walker-walk", "cheetah-run")  # that have looks and bodies; the suite 
 SCALES = {"low": 0.1, "moderate": 0.2, "high": 0.3}  # of all three distractions
 BACKGROUNDS = {"low": 4, "moderate": 8, "high": 60}  # of each level: so many of the first stills
 STILLS = {"train": 60, "test": 30}  # as many as DAVIS 2017 has videos
+PROCEDURAL = "procedural"  # the stills that are made here, in place of a folder
 STILL_SIZE = 256  # pixels per side
 BODIES = "ABCDEFGH"  # walker C and cheetah A are dm_control's own
 TRAIN_BODIES = "BCFG"
@@ -50,7 +51,8 @@ def look_of(variation: dict, episode: int) -> Look | None:
     if (episode + 1) * shifted // 100 == episode * shifted // 100:
         return None
     number = 0 if redraw == "never" else episode + 1
-    return Look(variation["distraction"], "train", number, redraw == "dynamic", variation["backgrounds"])
+    folder = None if variation["backgrounds"] == PROCEDURAL else variation["backgrounds"]
+    return Look(variation["distraction"], "train", number, redraw == "dynamic", folder)
 
 
 def evaluation_groups(variation: dict, episodes: int) -> dict[str, list[tuple[str | None, Look | None]]]:

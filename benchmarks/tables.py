@@ -53,10 +53,11 @@ def varied_table(groups: list) -> str:
     """Late means of the three parts of an evaluation, a row per file, task and set; empty where there is none."""
     paper, lines = published(), []
     for group in sorted(filter(varied, groups), key=lambda group: (group.name, *group.place[:2])):
-        name, what, _, percent = varied(group).groups()
+        name, what, level, percent = varied(group).groups()
         scores = ", ".join(f"{part} {score:.1f}" for part, score in zip(PARTS[what == "bodies"], parts_of(group)))
         theirs = " / ".join(paper.get((group.row["algo"], group.row["task"], name, what), ()))
-        shown = f"{what.removesuffix(percent or '')}, {percent} % shifted" if percent else what
+        rest = group.row["dataset"].rpartition(what)[2].strip("-")  # --redraw, a folder of backgrounds
+        shown = f"{level}, {percent} % shifted, {rest or 'procedural'}" if level else what
         lines.append(f"| {group.name} | {group.row['task']} {name}{', quick' * group.quick} | {shown} | {scores} "
                      f"| {group.table['data_score']:.1f} | {theirs} | {len(group.runs)} |")  # fmt: skip
     head = "| file | set | variation | late mean | data | paper, full size | seeds |\n|---|---|---|---|---|---|---|"

@@ -40,8 +40,7 @@ import variations  # noqa: E402
 from common import BAR_SECONDS, Count, Dataset, EnvPool, UserError, Weight, Whole, check_ranges, cores  # noqa: E402
 
 PARTS = {"medexp": ("medium", "expert"), "ranexp": ("random", "expert")}
-EPISODE, STATE_EVERY = 500, 50  # as in train_sac.py
-DEMO_STEPS = 100  # of a Meta-World episode
+EPISODE, STATE_EVERY, DEMO_STEPS = 500, 50, 100  # the first two as in train_sac.py; steps of a Meta-World episode
 
 
 @dataclass
@@ -222,8 +221,8 @@ def variation_of(args: Args, body: str | None = None) -> dict | None:
     """What meta.json says of it, see variations.evaluation_groups; None: the task as it is."""
     if args.bodies:
         return {"body": body} if body else {"bodies": variations.TRAIN_BODIES}
-    names = ("distraction", "shifted", "redraw", "backgrounds")
-    return {name: getattr(args, name) for name in names} if args.distraction != "none" else None
+    found = {"distraction": args.distraction, "shifted": args.shifted, "redraw": args.redraw}
+    return found | {"backgrounds": args.backgrounds or variations.PROCEDURAL} if args.distraction != "none" else None
 
 
 def recipe_of(args: Args, name: str, episodes: int, body: str | None) -> dict:

@@ -121,13 +121,6 @@ def test_act_is_the_mean_action_without_augmentation(module):
     torch.testing.assert_close(action, agent.actor(agent.encoder(module.scale_pixels(obs))))
 
 
-def test_bc_loss_is_the_mean_squared_distance_of_the_mean_action():
-    agent, batch = make_agent(bc, augment="none"), make_batch()
-    loss, metrics = agent.actor_loss(batch, HALF)
-    expected = (agent.act(batch.obs) - batch.action).square().mean()  # over batch and action dimensions
-    assert loss.item() == metrics["actor/loss"].item() == pytest.approx(expected.item(), rel=1e-5)
-
-
 def test_bc_deterministic_clones_the_mean_and_values_the_noisy_action():
     agent, batch = make_agent(drq_bc, augment="none", bc_deterministic=True), make_batch()
     embed = agent.encoder(drq_bc.scale_pixels(batch.obs)).detach()

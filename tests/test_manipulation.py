@@ -121,14 +121,11 @@ def test_cameras_and_shadows():
     assert tuple(camera.lookat) == (-0.3, 0.5, 2.0) and camera.type == mujoco.mjtCamera.mjCAMERA_FREE
 
 
-@pytest.mark.parametrize(
-    "task, message",
-    [
-        ("metaworld-fly", "--task metaworld-fly: no such task. There are: metaworld-assembly"),
-        ("kitchen-fly", "There are: kitchen-mixed, kitchen-partial"),
-        ("adroit-fly", "There are: adroit-pen, adroit-door"),
-    ],
-)
+@pytest.mark.parametrize("task, message", [
+    ("metaworld-fly", "--task metaworld-fly: no such task. There are: metaworld-assembly"),
+    ("kitchen-fly", "There are: kitchen-mixed, kitchen-partial"),
+    ("adroit-fly", "There are: adroit-pen, adroit-door"),
+])  # fmt: skip
 def test_unknown_tasks(task, message):
     with pytest.raises(UserError, match=message):
         make_env(task, None)

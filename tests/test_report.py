@@ -298,7 +298,7 @@ def test_rows_on_other_looks_and_bodies_stand_beside_the_papers(tmp_path):
     assert varied_table(groups).splitlines()[2:] == [
         "| drq_bc | cheetah-run medexp | bodies | train 25.0, interpolation 8.5, extrapolation 8.5 | 44.1 "
         "| 71.6 / 65.1 / 43.2 | 2 |",
-        "| drq_bc | cheetah-run medexp | low, 50 % shifted | original 25.0, train 8.5, test 8.5 | 44.1 "
+        "| drq_bc | cheetah-run medexp | low, 50 % shifted, procedural | original 25.0, train 8.5, test 8.5 | 44.1 "
         "| 72.3 / 82.2 / 8.5 | 2 |",
     ]
     (axis,) = figures.plot_shifts(groups).axes

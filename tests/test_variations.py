@@ -59,7 +59,7 @@ def test_draws_and_backgrounds_of_training_and_test_never_coincide():
     assert min(picture.std() for picture in pictures) > 5  # none is plain
     for level in SCALES:
         for redraw in ("never", "episode"):
-            recipe = {"distraction": level, "shifted": 50, "redraw": redraw, "backgrounds": None}
+            recipe = {"distraction": level, "shifted": 50, "redraw": redraw, "backgrounds": "procedural"}
             groups = variations.evaluation_groups(recipe, 10)
             looks = {name: [look for _, look in scenes] for name, scenes in groups.items()}
             assert looks["score"] == [None] * 10 and len(set(looks["score_train"])) == (1 if redraw == "never" else 10)
