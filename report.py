@@ -544,6 +544,8 @@ def write_report(results: Path, runs: Path | None, out: Path) -> None:
     for chart in {group.chart for group in groups}:
         members = [group for group in groups if group.chart == chart]
         plot_curves(members, looks(groups)).savefig(out / f"curves-{chart}.png", dpi=120)
+    if shifts := plot_shifts(groups):
+        shifts.savefig(out / "shifts.png", dpi=120)
     data = json.dumps(page_data(groups, problems)).replace("<", "\\u003c")
     page = (HERE / "benchmarks" / "report.html").read_text("utf-8").replace("/*DATA*/null", data).encode()
     write_atomically(out / "index.html", page)

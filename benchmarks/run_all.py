@@ -144,20 +144,21 @@ def rows_of(table: Args, algo: str, module, task: str, dataset: str, tail: list[
         stage = [here("benchmarks/stage.py"), str(folder.absolute()), table.stage_dir] if table.stage_dir else []
         make = "" if (folder / "meta.json").exists() else shlex.join(["python", here(recipe[0]), *recipe[1:]])
         if make and source == "made":
-            wanted = {"task": task, "dataset": dataset, "size": size, "seed": args.data_seed}
-            why = collect.problem_of(collect.Args(**wanted, transitions=args.transitions, data_dir=args.data_dir))
+            names = ("task", "dataset", "transitions", "data_dir", "distraction", "shifted", "bodies")
+            flags = {name: getattr(args, name) for name in names}
+            why = collect.problem_of(collect.Args(**flags, size=size, seed=args.data_seed))
         elif make:
             why = "the official files are not there; import them with data/vd4rl.py"
     else:
-        folder, source, size = Path(dataset), Dataset(dataset).source, Dataset(dataset).size
-        if size != getattr(module, "SIZE", size):
+        folder, source = Path(dataset), Dataset(dataset).source
+        if (size := Dataset(dataset).size) != getattr(module, "SIZE", size):
             why = f"{folder} has images of {size} px; algos/{algo}.py needs {module.SIZE}"
     for seed in range(int(table.seeds)) if table.seeds.isdigit() else map(int, names_in(table.seeds)):
         args.seed = args.typed["seed"] = seed
         run = common.run_folder(args, algo, folder.name, source).absolute()
         words = [here(f"algos/{algo}.py"), *head, "--seed", str(seed), *tail]
-        command = shlex.join(["python", *words])
-        row = Row(run, Path(f"{run}.log"), folder, dict(args.typed), make, command, [*stage, *words])
+        typed, command = dict(args.typed), shlex.join(["python", *words])
+        row = Row(run, Path(f"{run}.log"), folder, typed, make, command, [*stage, *words])
         row.state = state_of(row)
         if why and row.state != "finished":
             row.state, row.why = "impossible", why
@@ -352,12 +353,11 @@ def main(argv: list[str]) -> int:
     """Returns the status of the process."""
     args, extra = parse(argv)
     rows = list_rows(args, extra)
-    todo = to_do(rows)
     if not rows:
         raise UserError("--algos, --tasks and --datasets name no run")
     if same := [run for run, count in collections.Counter(row.run for row in rows).items() if count > 1]:
         raise UserError(f"--datasets: two sets of one name would share {same[0]}; rename one, or run it with a --tag")
-    sets = list(dict.fromkeys(row.make for row in todo if row.make))
+    sets = list(dict.fromkeys(row.make for row in to_do(rows) if row.make))
     if args.dry_run:
         for make in sets:
             print(make)
@@ -369,7 +369,7 @@ def main(argv: list[str]) -> int:
         return 0
     if not args.slurm:
         return run_here(rows, args)
-    if todo:
+    if todo := to_do(rows):
         logs = Path(args.runs_dir or ROOT / "runs", "slurm").expanduser().absolute()
         slurm.submit(sets, todo, logs, args.jobs, args.slurm_args)
     return 0

@@ -2,6 +2,8 @@
 
 What it shares with Offline DV2 and LOMPO: test_world_models.py. Runs killed and continued: test_runs.py."""
 
+from functools import partial
+
 import moto
 import numpy as np
 import offline_dv2 as dv2
@@ -9,8 +11,8 @@ import pytest
 import scipy.stats
 import torch
 import worlds
-from conftest import FourSteps, FourStepsPool, write_set
-from worlds import copies, make_agent, make_args, make_batch, moved, noise_set, observed, rows_of, without_draws
+from conftest import DatasetWriter, FourSteps, FourStepsPool, write_set
+from worlds import make_agent, make_args, make_batch, noise_set, observed, rows_of, without_draws
 
 import common
 from common import UserError
@@ -50,15 +52,11 @@ def test_log_prob_against_scipy():
 
 
 def test_the_penalty_against_numpy():
-    """Eq. 2 with normalised logits: an offset of a member's logits changes nothing."""
+    """Eq. 2 with normalised logits."""
     agent, state = make_agent("moto"), moto.State(torch.randn(6, 12), torch.randn(6, 8))
-    priors = agent.model.rssm.priors
-    logits = priors(state.deter).detach().double().numpy().reshape(3, 6, 4, 3)
+    logits = agent.model.rssm.priors(state.deter).detach().double().numpy().reshape(3, 6, 4, 3)
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_allclose(agent.penalty(state).detach(), log_probs.std(0).mean((-2, -1)), rtol=1e-4)
-    before = agent.penalty(state)
-    priors.b2.data[1] += 5
-    torch.testing.assert_close(agent.penalty(state), before, rtol=1e-3, atol=1e-5)
 
 
 # ---- losses ----
@@ -123,9 +121,6 @@ def test_the_critics_loss_is_eq_7_to_9():
                 data = data + (target - own) ** 2 / 8
     torch.testing.assert_close(loss, model + data)
     torch.testing.assert_close(metrics["critic/data_loss"], data.detach())
-    before = copies(agent)
-    agent.minimize("critic", loss)
-    assert moved(agent, before) == {"critic"}
 
 
 def test_value_dreamer_is_offline_dv2():
@@ -185,7 +180,6 @@ def episode_of(rewards: list[float], value=0, terminal=False) -> tuple:
 
 RETURNS = [  # filter, flags, which of the episodes [0 0 0], [1 1], [0 0 1 0], [.5 .4] are imitated
     ("all", {}, [1, 1, 1, 1]),
-    ("success", {}, [0, 1, 1, 0]),
     ("success", {"bc_success_reward": 0.5}, [0, 1, 1, 1]),
     ("return", {}, [0, 1, 1, 0]),  # returns 0, 2, 1, 0.9; the median is 0.95
     ("return", {"bc_quantile": 0.0}, [0, 1, 1, 1]),  # above the lowest
@@ -210,48 +204,38 @@ def test_filters_of_episodes(name, flags, expected, tmp_path):
 
 def assert_buffer_is(buffer, episodes: list[tuple]) -> None:
     """Its windows are those of a naive list of (images, actions, rewards, terminal), row for row."""
-    windows, length = {}, buffer.length
+    rows, starts, length = [], [], buffer.length
     for images, actions, rewards, terminal in episodes:
-        first = len(windows) and max(windows) + 1
+        starts += range(len(rows), len(rows) + len(images) - length + 1)
         for t in range(len(images)):  # arrival rows: what led to image t
             action, reward = (actions[t - 1], rewards[t - 1]) if t else (np.zeros(2), 0)
             discount = 0 if terminal and t == len(images) - 1 else 1
-            windows[first + t] = (images[t], action, np.float32(reward), discount, t == 0)
-            if t + length <= len(images):
-                windows[first + t] += (True,)  # a window begins here
-    starts = [row for row, values in windows.items() if len(values) == 6]
-    assert buffer.is_first.nonzero().flatten().tolist() == [row for row, values in windows.items() if values[4]]
+            rows.append((images[t], action, np.float32(reward), discount, t == 0))
+    assert buffer.is_first.nonzero().flatten().tolist() == [row for row, values in enumerate(rows) if values[4]]
     assert {row.item() for _ in range(60) for row in buffer.sample().row[:, 0]} == set(starts)
     for start in starts:
         batch = buffer.sample(row=torch.arange(start, start + length)[None])
-        for t, row in enumerate(range(start, start + length)):
-            image, action, reward, discount, is_first, *_ = windows[row]
+        for t, (image, action, reward, discount, is_first) in enumerate(rows[start : start + length]):
             np.testing.assert_array_equal(batch.image[0, t], image)
             np.testing.assert_array_equal(batch.action[0, t], action)
-            assert (batch.reward[0, t], batch.discount[0, t], batch.row[0, t]) == (reward, discount, row)
+            assert (batch.reward[0, t], batch.discount[0, t], batch.row[0, t]) == (reward, discount, start + t)
             assert batch.is_first[0, t] == (is_first or t == 0)
 
 
-def episodes_of(path) -> list[tuple]:
-    """A set's, as episode_of has them."""
-    dataset, found = common.Dataset(path), []
-    for first, rows in zip(dataset.first_rows, dataset.lengths):
-        own = slice(first + 1, first + rows)
-        terminal = dataset.discount[first + rows - 1] == 0
-        found.append((dataset.images[0][first : first + rows], dataset.action[own], dataset.reward[own], terminal))
-    return found
-
-
 def test_the_buffer_grows_and_continues_with_the_episodes_that_counted(tmp_path):
-    path = write_set(tmp_path / "set", lengths=(7, 5), size=64)
+    path, known = tmp_path / "set", [episode_of([0.0, 1, 2, 0, 1, 3, 1], 10), episode_of([1.0, 0, 2, 1, 1], 20)]
+    with DatasetWriter(path, 64, 2) as writer:
+        for images, *others in known:
+            writer.add(images.transpose(0, 2, 3, 1), *others)
     own = [episode_of([0.5, 1, 2, 0, 1], 50), episode_of([1.0, 1], 60), episode_of([2.0, 0, 0, 1], 70, terminal=True)]
     flags = {"rows": 20, "window": 4, "batch_size": 32, "seed": 3}
     buffer = online_buffer(path, **flags)
     buffer.open(tmp_path / "online")
-    assert_buffer_is(buffer, episodes_of(path))
-    for count, episode in enumerate(own, 1):
+    assert_buffer_is(buffer, known)
+    for episode in own:
+        known.append(episode)
         buffer.add(*episode)
-        assert_buffer_is(buffer, [*episodes_of(path), *own[:count]])  # the second one is shorter than a window
+        assert_buffer_is(buffer, known)  # the second one is shorter than a window
     assert len(buffer.own_rows) == 3 and sum(buffer.own_rows) == 11 + 3
     state = buffer.state_dict()
     state = {"generator": state["generator"].clone(), "online": list(state["online"])}
@@ -261,9 +245,9 @@ def test_the_buffer_grows_and_continues_with_the_episodes_that_counted(tmp_path)
     again.load_state_dict(state)
     again.open(tmp_path / "online")
     assert all(torch.equal(*pair) for pair in zip(again.sample(), expected))
-    assert_buffer_is(again, [*episodes_of(path), *own])
+    assert_buffer_is(again, known)
     again.add(*episode_of([1.0, 2, 3], 80))  # over what came after the checkpoint
-    assert_buffer_is(again, [*episodes_of(path), *own, episode_of([1.0, 2, 3], 80)])
+    assert_buffer_is(again, [*known, episode_of([1.0, 2, 3], 80)])
     assert again.lengths.tolist() == [8, 6, 6, 3, 5, 4]
     assert (np.load(tmp_path / "online" / "image.npy")[14:18, 1] == 80).all()
 
@@ -309,23 +293,11 @@ def test_playing_is_filtering(monkeypatch, tmp_path):
     torch.testing.assert_close(torch.from_numpy(pool.envs[0].history[1]).float(), agent.actor(feat[0]).loc.detach())
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """runs(tag, **flags): see worlds.train."""
-    folder = tmp_path_factory.mktemp("runs")
-    return lambda tag, **flags: worlds.train("moto", folder, tag, **flags)
-
-
-@pytest.fixture(scope="module")
-def whole(runs):
-    outcome, path = runs("whole")
-    assert outcome is None
-    return path
-
-
-def test_own_episodes_are_what_the_environment_gives(whole):
+def test_own_episodes_are_what_the_environment_gives_and_another_run_begins_where_they_began(tmp_path):
     """Played again, their actions lead to their images and rewards, row for row; and the metrics count them."""
-    env = FourSteps(64, 1)
+    train, env = partial(worlds.train, "moto", tmp_path), FourSteps(64, 1)
+    outcome, whole = train("whole")
+    assert outcome is None
     names = "image", "action", "reward", "discount"
     image, action, reward, discount = (np.load(whole / "online" / f"{name}.npy") for name in names)
     assert image.shape == (15, 3, 64, 64) and (discount == 1).all()
@@ -341,15 +313,12 @@ def test_own_episodes_are_what_the_environment_gives(whole):
     assert [(row["episodes"], row["env_steps"]) for row in evaluations] == [(0, 0), (2, 16), (3, 24)]
     assert [(row["step"], row["episodes"], row["env_steps"]) for row in episodes] == [(4, 1, 8), (6, 2, 16), (8, 3, 24)]
     assert [row["return_0"] for row in episodes] == pytest.approx(reward.reshape(3, 5).sum(1).tolist(), rel=1e-5)
-
-
-def test_beginning_online_from_another_run(runs, whole):
-    outcome, path = runs("on", offline_from=whole)
+    outcome, path = train("on", offline_from=whole)
     assert outcome is None and not (path / "offline.csv").exists() and len(rows_of(path, "online")) == 6
     assert torch.load(whole / "offline.pt", weights_only=True)["_extra_state"].keys() == {"model", "actor", "critic"}
     first, theirs = rows_of(path, "eval")[0], rows_of(whole, "eval")[0]
     assert first.pop("step") == 0 and theirs.pop("step") == 3 and first == theirs  # it is the same agent
-    half = runs("half", crash=2)[1]  # has not come to the end of its offline phase
+    half = train("half", crash=2)[1]  # has not come to the end of its offline phase
     for donor in (half, whole.with_name("none-seed0")):
-        error = runs("bad", offline_from=donor)[0]
+        error = train("bad", offline_from=donor)[0]
         assert isinstance(error, UserError) and f"{donor}/offline.pt is missing" in str(error)
