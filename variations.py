@@ -60,6 +60,8 @@ def evaluation_groups(variation: dict, episodes: int) -> dict[str, list[tuple[st
 
     Distractions: score: none; score_train: those of the data; score_test: unseen ones of the same level, one for each
     episode. Bodies: score: those of the data; score_interpolation, score_extrapolation."""
+    if "body" in variation:  # a part of such a set
+        return {"score": [(variation["body"], None)] * episodes}
     if "bodies" in variation:
         return {name: [(letters[i % len(letters)], None) for i in range(episodes)] for name, letters in GROUPS.items()}
     seen = [look_of(variation | {"shifted": 100}, episode) for episode in range(episodes)]

@@ -61,7 +61,7 @@ def test_seeds(task):
 def test_lengths_and_repeats(task):
     env = make_env(task, None)
     steps, action_dim, repeat = SUITES[task]
-    assert env.spec == dict(action_dim=action_dim, action_repeat=repeat, return_per_score=1, episode_steps=steps)
+    assert env.spec == {"action_dim": action_dim, "action_repeat": repeat, "return_per_score": 1, "episode_steps": steps}
     env.reset(0)
     ends = [env.step(np.zeros(action_dim))[2:4] for _ in range(steps)]
     assert ends == [(False, False)] * (steps - 1) + [(False, True)]

@@ -111,6 +111,7 @@ def test_an_evaluation_scores_each_group_by_itself():
     groups = variations.evaluation_groups({"bodies": "BCFG"}, 4)
     assert {name: "".join(body for body, _ in scenes) for name, scenes in groups.items()} == {
         "score": "BCFG", "score_interpolation": "DEDE", "score_extrapolation": "AHAH"}  # fmt: skip
+    assert variations.evaluation_groups({"body": "F"}, 2) == {"score": [("F", None)] * 2}
     facts = {"task": "cheetah-run", "size": 16, "render": "fast", "action_dim": 6, "mujoco": None, "set": "x"}
     args = tyro.cli(Args, args=[])  # has no eval_every: what evaluation_pool needs is set below
     args.eval_every, args.eval_episodes = None, 2
