@@ -629,7 +629,7 @@ def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
         run, algo = read(f"{first.evaluate}/config.json"), Path(sys.modules[args_class.__module__].__file__).stem
         if run["algo"] != algo:
             raise UserError(f"--evaluate {first.evaluate} is a run of {run['algo']}.py, not of {algo}.py")
-        merged = {name: value for name, value in run["args"].items() if name in dataclasses.asdict(first)}
+        merged = {name: run["args"].get(name, value) for name, value in dataclasses.asdict(args_class()).items()}
         merged |= {"device": "auto", "precision": "auto", "buffer_device": "auto"}
     default, text = dataclasses.replace(args_class(), **merged), sys.modules[args_class.__module__].__doc__
     args = tyro.cli(args_class, args=argv, default=default, config=config, description=text)
@@ -641,7 +641,9 @@ def typed_args(args_class, tuned: dict, quick: dict, argv: list[str] | None = No
     for flag, name in {"tag": args.tag, "task": task}.items():  # they become folders
         if not re.fullmatch(r"([\w-][\w.-]*)?", name):
             raise UserError(f"--{flag} {name}: letters, digits, - and _")
-    made = args.transitions or args.data_seed or args.bodies or args.distraction != "none" or args.shifted != 100
+    if args.shifted != 100 and args.distraction == "none":
+        raise UserError(f"--shifted {args.shifted}: needs a --distraction")
+    made = args.transitions or args.data_seed or args.bodies or args.distraction != "none"
     if made and (own or args.source != "made"):
         flags = "--transitions, --data-seed, --distraction, --shifted, --bodies"
         raise UserError(f"{flags}: only standard sets that are made here have these")
@@ -673,9 +675,12 @@ def evaluation_pool(args, facts: dict, frame_stack: int = 3) -> EnvPool | None:
         raise UserError(f"{wanted}: there is none to evaluate in; train with --eval-every 0")
     groups = None
     if facts.get("variation"):
-        from variations import evaluation_groups
+        try:
+            from variations import evaluation_groups
 
-        groups = evaluation_groups(facts["variation"], args.eval_episodes)
+            groups = evaluation_groups(facts["variation"], args.eval_episodes)
+        except (ImportError, ValueError) as error:  # a folder of backgrounds is gone
+            raise UserError(f"{wanted}, with {facts['variation']}: {error}; --eval-every 0 trains without") from None
         print(f"evaluation: {', '.join(groups)}; the data: {facts['variation']}")
     pool = EnvPool(facts["task"], facts["size"], args.eval_episodes, frame_stack, facts["render"], groups=groups)
     if pool.spec["action_dim"] != facts["action_dim"]:

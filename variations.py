@@ -5,9 +5,10 @@
 
 V-D4RL's copy of the suite draws once per episode and keeps that, unless `moving` asks for the suite's own dynamic
 setting. Levels low, moderate, high are the suite's easy, medium, hard. Differs from that copy:
-  the numbers come from NumPy's new generators, so that no draw equals one of theirs;
-  backgrounds are DAVIS 2017's only where a folder is given, else stills made here; 256 x 256 pixels, theirs 800 x 800;
-  what moves, moves once per action, that is every second step of the simulator.
+  the numbers come from NumPy's new generators, so our draws differ from theirs;
+  the looks of a test have backgrounds that training has not; theirs have those of training again, so ours are harder;
+  other bodies keep dm_control's blue floor and sky with stars; theirs have a grey floor and no stars;
+  backgrounds are DAVIS 2017's only where a folder is given, else stills made here; 256 x 256 pixels, theirs 800 x 800.
 The letters A to H for MTEnv's levels 1 to 8 are an inference: V-D4RL's text orders them by length.
 
 Like manipulation.py this imports nothing of the project. Errors are ValueErrors of one line."""
@@ -46,7 +47,7 @@ class Look(NamedTuple):
 
 
 def look_of(variation: dict, episode: int) -> Look | None:
-    """Of an episode of a set with that distraction; None: plain. The shifted ones are evenly spaced."""
+    """The look of one episode of a set with that distraction; None: no distraction. Shifted ones are evenly spaced."""
     shifted, redraw = variation["shifted"], variation["redraw"]
     if (episode + 1) * shifted // 100 == episode * shifted // 100:
         return None
@@ -64,7 +65,9 @@ def evaluation_groups(variation: dict, episodes: int) -> dict[str, list[tuple[st
         return {"score": [(variation["body"], None)] * episodes}
     if "bodies" in variation:
         return {name: [(letters[i % len(letters)], None) for i in range(episodes)] for name, letters in GROUPS.items()}
-    seen = [look_of(variation | {"shifted": 100}, episode) for episode in range(episodes)]
+    shown = [episode for episode in range(100 * episodes) if look_of(variation, episode)][:episodes] or range(episodes)
+    seen = [look_of(variation | {"shifted": 100}, episode) for episode in shown]
+    [videos(look.folder, split) for look in seen for split in STILLS if look.folder]  # raises where they are gone
     unseen = [look._replace(split="test", number=episode) for episode, look in enumerate(seen)]
     looks = {"score": [None] * episodes, "score_train": seen, "score_test": unseen}
     return {name: [(None, look) for look in group] for name, group in looks.items()}
@@ -98,13 +101,15 @@ class Distractor:
         seed = [zlib.crc32(word.encode()) for word in (look.level, look.split)]
         self.rng, self.scale = np.random.default_rng([*seed, look.number]), SCALES[look.level]
         self.clip = BackgroundClip(look, self.rng)
-        self.tint = self.rng.uniform(-self.scale, self.scale, (len(self.colors), 3))
+        rgb = self.colors[:, :3]
+        self.rgb_low, self.rgb_high = (rgb - self.scale).clip(0), (rgb + self.scale).clip(None, 1)
+        self.rgb = self.rng.uniform(self.rgb_low, self.rgb_high)
         angle, zoom = np.pi / 2 * self.scale, self.scale * np.array([-0.5, 1.5])
         centre = self.spherical(self.model.cam_poscom0[self.camera])
         low = centre * [1 + zoom[0], 1, 1] - [0, angle, angle]  # radius, polar and azimuth angle
         high = centre * [1 + zoom[1], 1, 1] + [0, angle, angle]
         self.low, self.high = np.maximum(low, [0, 0, -np.pi]), np.minimum(high, [np.inf, np.pi / 2, 0])
-        self.place = self.cartesian(self.rng.uniform(self.low, self.high))
+        self.radius, self.place = centre[0], self.cartesian(self.rng.uniform(self.low, self.high))
         self.roll, self.roll_limit = self.rng.uniform(-angle, angle), angle
         self.velocity, self.roll_velocity, self.first = np.zeros(3), 0.0, True
 
@@ -115,21 +120,23 @@ class Distractor:
         if self.look.moving and not self.first:
             self.walk()
         if self.look.moving or self.first:
-            self.model.mat_rgba[:, :3] = (self.colors[:, :3] + self.tint).clip(0, 1)
+            self.model.mat_rgba[:, :3] = self.rgb
             self.show(self.clip.next().reshape(-1), (STILL_SIZE, STILL_SIZE))
         self.first = False
         self.aim()
 
     def walk(self) -> None:
         """The suite's dynamic setting: random walks of the camera, its roll, and every colour."""
-        scale, radius = self.scale, self.spherical(self.place)[0]
+        scale, radius, before = self.scale, self.radius, (self.place, self.roll)
         self.velocity = self.velocity + self.rng.normal(0, 0.1 * scale * radius / 4, 3)
         self.velocity *= min(1, 0.4 * scale * radius / 4 / np.linalg.norm(self.velocity))
         self.place = self.cartesian(self.spherical(self.place + self.velocity).clip(self.low, self.high))
         limit = np.pi / 50 * scale
         self.roll_velocity = np.clip(self.roll_velocity + self.rng.normal(0, np.pi / 300 * scale), -limit, limit)
         self.roll = np.clip(self.roll + self.roll_velocity, -self.roll_limit, self.roll_limit)
-        self.tint = (self.tint + self.rng.normal(0, 0.03 * scale, self.tint.shape)).clip(-scale, scale)
+        self.velocity, self.roll_velocity = self.place - before[0], self.roll - before[1]  # what the bounds leave of it
+        steps = self.rng.normal(0, 0.03 * scale, self.rgb.shape)
+        self.rgb = (self.rgb + steps).clip(self.rgb_low, self.rgb_high)
 
     def aim(self) -> None:
         """Puts the camera where it was drawn, seen from the body's centre of mass, and turns it to the point that it
@@ -137,7 +144,7 @@ class Distractor:
         model, camera = self.model, self.camera
         com = self.data.subtree_com[model.cam_bodyid[camera]]
         plain, forward = model.cam_poscom0[camera], -model.cam_mat0[camera].reshape(3, 3)[:, 2]  # from the com
-        target = plain + forward * (forward @ -plain)  # on its axis, level with the centre of mass
+        target = plain + forward * np.linalg.norm(plain)  # on its axis, as far away as the centre of mass
         back = (self.place - target) / np.linalg.norm(self.place - target)  # axes of a camera: right, up, back
         right = np.cross([0, 0, 1], back)
         right /= np.linalg.norm(right)

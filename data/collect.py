@@ -4,8 +4,7 @@
     python data/collect.py --task cheetah-run --dataset medexp --size 64    # medium and expert, two folders
     python data/collect.py --task walker-walk --dataset mixed --stats-only  # the returns, without rendering
     python data/collect.py --task metaworld-drawer-open --dataset demos --size 64   # 10 demonstrations, for moto.py
-    python data/collect.py --task cheetah-run --dataset medexp --distraction low --shifted 50   # see variations.py
-    python data/collect.py --task walker-walk --dataset expert --bodies                         # four of its feet
+    python data/collect.py --task cheetah-run --dataset medexp --distraction low --shifted 50   # or --bodies
 
 random: uniform actions. medium, expert: actions sampled from the actors in data/policies/<task>/. medexp, ranexp:
 medium and expert, random and expert, joined by hard links. mixed: the first transitions of the SAC replay, re-simulated
@@ -79,7 +78,7 @@ def problem_of(args: Args) -> str:
     if args.bodies and (args.distraction != "none" or name == "mixed"):
         return "--bodies: not together with a --distraction, and the recorded replay of mixed is of one body"
     if not varied and (args.shifted != 100 or args.redraw != "never" or args.backgrounds):
-        return "--shifted, --redraw and --backgrounds: of a --distraction, which is none"
+        return "--shifted, --redraw and --backgrounds need a --distraction"
     try:
         [variations.videos(args.backgrounds, split) for split in variations.STILLS if args.backgrounds]
     except ValueError as error:
@@ -208,8 +207,9 @@ def collect(args: Args, name: str, transitions: int, folder: Path, body: str | N
             raise UserError(f"{folder} needs {sizes}; give another --data-dir or fewer --transitions")
         rollouts(args, name, total, folder, body)
     meta = Dataset(folder).meta
-    if meta["render"] != args.render or meta.get("recipe") != recipe_of(args, name, total, body):
-        raise UserError(f"{folder} was made with another --render or another policy; delete it to make it again")
+    wanted = args.render, recipe_of(args, name, total, body), variation_of(args, body)
+    if (meta["render"], meta.get("recipe"), meta.get("variation")) != wanted:
+        raise UserError(f"{folder} was made with another --render, policy or look; delete it to make it again")
     return np.array(meta["episode_returns"])
 
 
@@ -331,7 +331,7 @@ def main(args: Args) -> None:
         raise UserError(problem)
     parts, returns, folders = parts_of(args), [], []
     each = args.transitions and -(-args.transitions // len(parts))
-    shown = replace(args, distraction="none") if args.shifted == 0 else args  # plain frames are those of the plain set
+    shown = replace(args, distraction="none", redraw="never", backgrounds=None) if args.shifted == 0 else args
     for name, body in parts:
         standard = standard_transitions(args.task, name) // (len(variations.TRAIN_BODIES) if body else 1)
         folders.append(folder_of(shown, name, each or (standard if body else None), body))

@@ -226,7 +226,7 @@ IMPOSSIBLE = {  # flags -> what the one line says
     ("--dataset", "random", "--workers", "-2"): "--workers -2: from 1 to",
     ("--dataset", "random", "--size", "0"): "--size 0: from 1 to",
     ("--shifted", "130", "--distraction", "low"): "--shifted 130: from 0 to 100",
-    ("--shifted", "50"): "--shifted, --redraw and --backgrounds: of a --distraction, which is none",
+    ("--shifted", "50"): "--shifted, --redraw and --backgrounds need a --distraction",
     ("--bodies", "--distraction", "low"): "--bodies: not together with a --distraction",
     ("--bodies", "--dataset", "mixed"): "the recorded replay of mixed is of one body",
     ("--bodies", "--dataset", "expert", "--task", "humanoid-walk"): "are of walker-walk and cheetah-run alone",
