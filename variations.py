@@ -11,7 +11,8 @@ setting. Levels low, moderate, high are the suite's easy, medium, hard. Differs 
   backgrounds are DAVIS 2017's only where a folder is given, else stills made here; 256 x 256 pixels, theirs 800 x 800.
 The letters A to H for MTEnv's levels 1 to 8 are an inference: V-D4RL's text orders them by length.
 
-Like manipulation.py this imports nothing of the project. Errors are ValueErrors of one line."""
+Like manipulation.py this imports nothing of the project. Errors are ValueErrors of one line; a task without
+bodies is a KeyError, as an unknown one is there."""
 
 import functools
 import xml.etree.ElementTree as ElementTree
@@ -67,7 +68,8 @@ def evaluation_groups(variation: dict, episodes: int) -> dict[str, list[tuple[st
         return {name: [(letters[i % len(letters)], None) for i in range(episodes)] for name, letters in GROUPS.items()}
     shown = [episode for episode in range(100 * episodes) if look_of(variation, episode)][:episodes] or range(episodes)
     seen = [look_of(variation | {"shifted": 100}, episode) for episode in shown]
-    [videos(look.folder, split) for look in seen for split in STILLS if look.folder]  # raises where they are gone
+    if problem := backgrounds_problem(seen[0].folder):
+        raise ValueError(problem)
     unseen = [look._replace(split="test", number=episode) for episode, look in enumerate(seen)]
     looks = {"score": [None] * episodes, "score_train": seen, "score_test": unseen}
     return {name: [(None, look) for look in group] for name, group in looks.items()}
@@ -211,6 +213,16 @@ def smooth_field(rng: np.random.Generator, power: float) -> np.ndarray:
     frequency[0, 0] = np.inf
     field = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((STILL_SIZE, STILL_SIZE))) / frequency**power)
     return (field - field.min()) / (field.max() - field.min())
+
+
+def backgrounds_problem(folder: str | None) -> str:
+    """Why a folder has not the videos of both splits, in one line; "" if it has, or is None."""
+    try:
+        for split in STILLS if folder else ():
+            videos(folder, split)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 @functools.lru_cache

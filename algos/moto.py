@@ -749,9 +749,7 @@ def main(args: Args) -> None:
     pool = common.evaluation_pool(args, dataset.facts(), 1)
     rows, repeat = 0, 1
     if args.online_episodes:
-        episode_pool = common.EnvPool(
-            dataset.task, SIZE, 1, 1, dataset.render
-        )  # the task as it is, whatever the set's look
+        episode_pool = common.EnvPool(dataset.task, SIZE, 1, 1, dataset.render)  # plain, whatever the set's look
         repeat, length = episode_pool.spec["action_repeat"], episode_pool.spec["episode_steps"] + 1
         if length < args.window:
             raise UserError(f"--window {args.window}: online episodes have {length} rows, none would be drawn")

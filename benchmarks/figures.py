@@ -125,12 +125,12 @@ def plot_scores(groups: list) -> Figure:
 
 def plot_shifts(groups: list) -> Figure | None:
     """A panel per file, task, set and level: the three scores over the percentage of shifted episodes."""
-    panels = defaultdict(dict)
+    panels, lines = defaultdict(dict), dict(zip(PARTS[False], ("-", "--", ":")))
     for group in filter(varied, groups):
-        name, what, level, percent = varied(group).groups()
-        if level:
-            key = group.name, group.row["task"], name, level
-            panels[key][int(percent)] = group
+        _, what, level, percent = varied(group).groups()
+        if level:  # the whole name of the set: other sizes and lengths are other panels
+            name = group.row["dataset"].replace(what, level) + ", quick" * group.quick
+            panels[group.name, group.row["task"], name, level][int(percent)] = group
     if not panels:
         return None
     keys = sorted(panels, key=lambda key: (*key[:3], LEVELS.index(key[3])))
@@ -141,15 +141,13 @@ def plot_shifts(groups: list) -> Figure | None:
     for axis, key in zip(axes, keys):
         percents = sorted(panels[key])
         scores = zip(*(parts_of(panels[key][percent]) for percent in percents))
-        for line, values in zip(("-", "--", ":"), scores):
+        for line, values in zip(lines.values(), scores):
             axis.plot(percents, values, line, color="black", marker="o", markersize=3)
         axis.set(xlim=(-3, 103), ylim=(0, None), xticks=(0, 25, 50, 75, 100), xlabel="% of the episodes shifted")
-        axis.set_title(" ".join(key), fontsize=9, fontweight="bold")
+        axis.set_title(" ".join(key[:3]), fontsize=9, fontweight="bold")
     for axis in axes[len(keys) :]:
         axis.axis("off")
-    handles = [
-        Line2D([], [], color="black", linestyle=line, label=part) for line, part in zip(("-", "--", ":"), PARTS[False])
-    ]
+    handles = [Line2D([], [], color="black", linestyle=line, label=part) for part, line in lines.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return figure
 

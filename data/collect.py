@@ -79,10 +79,8 @@ def problem_of(args: Args) -> str:
         return "--bodies: not together with a --distraction, and the recorded replay of mixed is of one body"
     if not varied and (args.shifted != 100 or args.redraw != "never" or args.backgrounds):
         return "--shifted, --redraw and --backgrounds need a --distraction"
-    try:
-        [variations.videos(args.backgrounds, split) for split in variations.STILLS if args.backgrounds]
-    except ValueError as error:
-        return str(error)
+    if problem := variations.backgrounds_problem(args.backgrounds):
+        return problem
     if name == "demos" and not args.task.startswith("metaworld-"):
         return f"{what}: there are scripted policies for metaworld-<task> alone"
     if args.action_noise and name != "demos":
@@ -93,7 +91,8 @@ def problem_of(args: Args) -> str:
     shipped = [part for part in parts if part[0] not in ("random", "demos")]
     if missing := [part for part in shipped if not policy_file(args.task, *part).exists()]:
         there = ", ".join(f"{file.parent.name} {file.stem}" for file in sorted(POLICIES.glob("*/*.npz"))) or "none"
-        train = f"random needs none; to train one: python data/train_sac.py --task {args.task}, then --export"
+        what_to_train = " --body ".join(filter(None, (args.task, missing[0][1])))
+        train = f"random needs none; to train one: python data/train_sac.py --task {what_to_train}, then --export"
         return f"{what}: no {' '.join(filter(None, missing[0]))} policy is shipped (there are: {there}). {train}"
     if args.transitions is not None and args.transitions < steps * len(parts):
         return f"--transitions {args.transitions}: at least one episode of {steps} of each of its {len(parts)} parts"

@@ -67,8 +67,8 @@ def write_meta(path: Path, meta: dict) -> None:
     returns = np.add.reduceat(reward.astype(np.float64), episode)  # undiscounted; the reset row's reward is 0
     facts = {"format": 1, "rows": len(reward), "episodes": len(episode), "transitions": len(reward) - len(episode)}
     facts |= {"returns": return_statistics(returns), "episode_returns": returns.round(3).tolist()}
-    versions, files = provenance("cpu")["versions"], sorted(path.glob("*.npy"))
-    facts |= {"versions": versions, "sha256": {file.stem: sha256(file) for file in files}}
+    hashes = {file.stem: sha256(file) for file in sorted(path.glob("*.npy"))}
+    facts |= {"versions": provenance("cpu")["versions"], "sha256": hashes}
     write_atomically(path / "meta.json", json.dumps(meta | facts, indent=1).encode())
 
 

@@ -140,6 +140,19 @@ def excepthook(monkeypatch):
 
 # ---- sets ----
 
+SHORT = 20  # steps of an episode under the next fixture
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Collected episodes have 20 steps, a recorded physics state every 5."""
+    import collect
+    import train_sac
+
+    for module in (collect, train_sac):
+        monkeypatch.setattr(module, "EPISODE", SHORT)
+        monkeypatch.setattr(module, "STATE_EVERY", 5)
+
 
 @pytest.fixture(scope="session")
 def tiny_set(tmp_path_factory) -> Path:

@@ -15,21 +15,11 @@ import tyro
 import vd4rl
 from collect import Args
 from collectors import POLICIES, SACPolicy
-from conftest import run_python
+from conftest import SHORT, run_python
 from published import TABLE_5, standard_transitions
 from test_data import digests, load
 
 from common import Dataset, UserError, make_env
-
-SHORT = 20  # steps of an episode in most tests here
-
-
-@pytest.fixture
-def short(monkeypatch):
-    """Episodes of 20 steps, a recorded physics state every 5."""
-    for module in (collect, train_sac):
-        monkeypatch.setattr(module, "EPISODE", SHORT)
-        monkeypatch.setattr(module, "STATE_EVERY", 5)
 
 
 def make(data_dir, dataset="random", episodes=2, size=16, **flags) -> Path:

@@ -9,7 +9,7 @@ import pytest
 import tyro
 from collect import Args
 from collectors import OWN_BODY
-from test_collect import SHORT, short  # noqa: F401  a fixture
+from conftest import SHORT
 
 import common
 import variations
@@ -30,7 +30,7 @@ def differs(one: np.ndarray, two: np.ndarray) -> list[bool]:
     return [bool((a != b).any((1, 2, 3)).all()) for a, b in zip(one, two)]
 
 
-def test_the_shifted_episodes_are_the_ones_named_and_the_others_the_plain_set(short, tmp_path):  # noqa: F811
+def test_the_shifted_episodes_are_the_ones_named_and_the_others_the_plain_set(short, tmp_path):
     plain, frames = make(tmp_path)
     for shifted, wanted in {0: "0000", 25: "0001", 75: "0111", 100: "1111"}.items():
         made, changed = make(tmp_path, distraction="low", shifted=shifted)
@@ -44,7 +44,7 @@ def test_the_shifted_episodes_are_the_ones_named_and_the_others_the_plain_set(sh
     assert np.array_equal(joined[:4], make(tmp_path, distraction="low", shifted=50)[1])
 
 
-def test_a_look_is_drawn_once_or_for_each_episode_or_moves(short, tmp_path):  # noqa: F811
+def test_a_look_is_drawn_once_or_for_each_episode_or_moves(short, tmp_path):
     draws = ("never", "episode", "dynamic")
     sky = {name: make(tmp_path, 2, distraction="high", redraw=name)[1][:, :, :, 0].astype(float) for name in draws}
     between = {name: np.abs(rows[0] - rows[1]).mean() for name, rows in sky.items()}  # the upper row of the pictures

@@ -263,7 +263,8 @@ def tool(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import inspect_world_model
 
-    monkeypatch.setattr(common, "EnvPool", FourStepsPool)
+    for module in (common, inspect_world_model):
+        monkeypatch.setattr(module, "EnvPool", FourStepsPool)
     return inspect_world_model
 
 
@@ -272,7 +273,9 @@ def test_films_and_errors_of_a_run(algo, tool, tmp_path):
     error, run = worlds.train(algo, tmp_path, "a")
     assert error is None
     out = tmp_path / "films"
-    tool.main(tool.Args(str(run), out=str(out), batch=4, windows=2, context=2, episodes=1, horizon=3))
+    tool.main(
+        tool.Args(str(run), out=str(out), batch=4, windows=2, context=2, episodes=1, horizon=3, distraction="low")
+    )
     report, last = json.loads((out / "report.json").read_text()), worlds.rows_of(run, "eval")[-1]
     assert report["trained_on"] is True
     for part in ("filtered", "open_loop"):
@@ -280,7 +283,7 @@ def test_films_and_errors_of_a_run(algo, tool, tmp_path):
         assert 0 < report["errors"][part]["image_rmse_255"] < 255
     assert report["return"]["real"]["mean"] == pytest.approx(last["return_0"])  # that of the last evaluation
     assert report["penalty_random_policy"]["mean"] > 0 and "imagined" in report["reward_over_3_steps"]
-    assert {path.name for path in out.iterdir()} >= {"reconstruction.mp4", "open_loop.mp4"}
+    assert {path.name for path in out.iterdir()} >= {"reconstruction.mp4", "open_loop.mp4", "translation.mp4"}
     with pytest.raises(UserError, match="has 21 px and . actions, the run needs 64 and"):
         tool.main(tool.Args(str(run), dataset=str(write_set(tmp_path / "small", lengths=(9,), size=21))))
     config = json.loads((run / "config.json").read_text()) | {"script": "0" * 12}
